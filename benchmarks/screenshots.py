@@ -150,10 +150,12 @@ class Views:
 
     def keep(self, page: Any, name: str, docs: str | None = None, *, whole: bool = False) -> None:
         page.mouse.move(0, 0)
-        page.evaluate(
-            "Promise.all([...document.images].filter((img) => img.src && !img.complete && img.loading != 'lazy').map((img) => img.decode()))"
-        )
-        page.wait_for_timeout(500)
+        if whole:  # what is below is loaded as it is scrolled to
+            page.mouse.wheel(0, 9999)
+            page.wait_for_timeout(300)
+            page.evaluate("scrollTo(0, 0)")
+        page.wait_for_load_state("networkidle")
+        page.wait_for_timeout(300)
         for path in ([self.folder / f"{name}.png"] if self.folder else []) + ([DOCS / docs] if docs else []):
             path.parent.mkdir(parents=True, exist_ok=True)
             page.screenshot(path=path, full_page=whole, animations="disabled")
@@ -168,7 +170,7 @@ def look_around(browser: Any, url: str, name: str, how: dict[str, Any], views: V
     page.goto(url)
     expect(page.locator("#shelf img").first).to_be_visible()
     views.keep(page, f"{name}-start")
-    page.locator("#text").fill("mountain lake")
+    page.locator("#text").fill("flower")
     page.locator("#text").press("Enter")
     expect(page.locator(".count")).to_contain_text("best first")
     views.keep(page, f"{name}-hits")

@@ -14,7 +14,7 @@ from traceir.image_formats import FORMATS, SUFFIXES
 from traceir.index.store import Index, Stored
 from traceir.items import MODALITIES, Modality
 from traceir.outside import lines_of
-from traceir.serve.schemas import CutoffConfig, FacetOut, FacetsOut, ImageIn, ModelOut, PageConfig, PageExample, PicturesConfig
+from traceir.serve.schemas import CutoffConfig, FacetOut, FacetsOut, ModelOut, PageConfig, PageExample, PicturesConfig
 from traceir.serve.uploads import LIMITS
 from traceir.world import INSTEAD, World
 
@@ -86,12 +86,8 @@ class FacetCache:
         return known[1]
 
 
-def examples_of(kept: Sequence[Stored], each: int = 2) -> list[PageExample]:
-    """Queries that a collection suggests: some of its images, and the first words of some of its texts."""
-    images, texts = [item for item in kept if item.image is not None], [item for item in kept if item.text]
-    examples = [
-        PageExample(title="more like this", image=ImageIn(item=item.id)) for item in images[:: -(-len(images) // each) or 1]
-    ]
-    for item in texts[:: -(-len(texts) // each) or 1]:
-        examples.append(PageExample(title="in these words", text=" ".join(str(item.text).split()[:WORDS])))
-    return examples
+def examples_of(kept: Sequence[Stored], most: int = 2) -> list[PageExample]:
+    """Queries that a collection suggests: the first words of some of its texts. Its images the page shows by itself."""
+    texts = [item.text for item in kept if item.text]
+    chosen = texts[:: -(-len(texts) // most) or 1]
+    return [PageExample(title="in these words", text=" ".join(text.split()[:WORDS])) for text in chosen]

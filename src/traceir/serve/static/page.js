@@ -271,9 +271,11 @@ async function drawCollection() {
     el("ul", { class: "chips", role: "list" }, ...facet.values.slice(0, 8).map(([value, count]) => el("li", {},
       button([`${value} `, el("span", { class: "number", text: count.toLocaleString("en") })], () => narrow(facet, value), { class: "chip" })))))));
   const sort = composer.date ? `-${composer.date}` : "";
-  const { items = [] } = await askJson(toPath({ where: "", sort, modality: "" }, { limit: 4 * SHELF })).catch(() => ({}));
+  const { items = [] } = await askJson(toPath({ where: "", sort, modality: "" }, { limit: sort ? 4 * SHELF : 300 })).catch(() => ({}));
   say(find("shelf-title"), sort ? "Newest" : "From this collection");
-  fill("shelf", items.filter(({ image }) => image).slice(0, SHELF).map((item) =>
+  const pictures = items.filter(({ image }) => image);
+  const step = sort ? 1 : Math.max(1, Math.floor(pictures.length / SHELF)); // without dates from all over what was read
+  fill("shelf", pictures.filter((_, place) => place % step === 0).slice(0, SHELF).map((item) =>
     button([thumb(hitPicture(item), item.text?.slice(0, 200) || `picture ${nameOf(item)}`)], () => refine(item), { title: item.id })));
 }
 

@@ -324,7 +324,8 @@ export class Details {
 }
 
 function factsOf({ id, score, rank, modality, fields, scores }) {
-  const facts = Object.entries({ id, score, rank, modality, ...scores, ...fields }).filter(([, value]) => value !== undefined);
-  const shown = (value) => (typeof value === "string" ? value : JSON.stringify(value)).slice(0, LONGEST);
+  const others = Object.entries(scores ?? {}).filter(([, value]) => value !== score);
+  const facts = Object.entries({ id, score, ...Object.fromEntries(others), rank, modality, ...fields }).filter(([, value]) => value !== undefined);
+  const shown = (value) => (typeof value === "string" ? value : Number.isFinite(value) ? String(+value.toFixed(4)) : JSON.stringify(value)).slice(0, LONGEST);
   return facts.map(([name, value]) => el("div", {}, el("dt", { dir: "auto", text: name }), el("dd", { dir: "auto", text: shown(value) })));
 }
