@@ -22,7 +22,6 @@ export class Composer {
   where = ""; // the filter as it was applied; a wrong one stays in its field
   terms = [];
   ownRate = 0;
-  unheard = null; // the cut-off of a query that came before the server said what it knows of
   form = find("composer");
   text = find("text");
   instruction = find("instruction");
@@ -108,9 +107,10 @@ export class Composer {
     }
   }
 
-  openPanel(open) {
+  openPanel(open, focuses = false) {
     find("panel").hidden = !open;
     find("open-panel").ariaExpanded = String(open);
+    if (focuses) find("where").focus();
   }
 
   applied() {
@@ -151,6 +151,7 @@ export class Composer {
   takeFiles(files) {
     const { types = {}, suffixes = [], most_bytes: most = Infinity } = this.config.pictures ?? {};
     const isKnown = ({ type, name }) => type in types || suffixes.some((suffix) => name.toLowerCase().endsWith(suffix));
+    if (!suffixes.length) return this.complain("The server is not ready for pictures. Try again in a moment.");
     const file = files.find(isKnown);
     if (!files.length) return;
     if (!file) {
@@ -210,7 +211,7 @@ export class Composer {
     return {
       modality: modality.value, mode: mode.value, route: route.value, sort: sort.value, where: this.where, terms: this.terms,
       fold: fold.checked === Boolean(this.config.fold) ? null : fold.checked,
-      cutoff: cutoff.disabled || rate === this.ownRate ? this.unheard : rate,
+      cutoff: cutoff.disabled || rate === this.ownRate ? null : rate,
     };
   }
 
@@ -219,16 +220,21 @@ export class Composer {
     this.instruction.value = query.instruction;
     // One by one: the `value` of a radio group does not take "".
     for (const radio of this.form.querySelectorAll("input[type=radio]")) radio.checked = radio.value === query[radio.name];
-    const sort = find("sort");
-    if (![...sort.options].some(({ value }) => value === query.sort)) sort.append(el("option", { value: query.sort, text: query.sort }));
-    sort.value = query.sort;
+    this.setSort(query.sort);
     [this.where, this.terms] = [query.where, query.terms];
     find("where").value = query.where;
     this.blame("");
     find("fold").checked = query.fold ?? Boolean(this.config.fold);
-    this.unheard = find("cutoff").disabled ? query.cutoff : null;
-    this.setRate(query.cutoff ?? this.ownRate);
+    const away = (rate) => Math.abs(rate - (query.cutoff ?? this.ownRate));
+    find("cutoff").value = this.rates.reduce((best, rate, place) => (away(rate) < away(this.rates[best]) ? place : best), 0);
     this.setPicture(query.picture);
+  }
+
+  setSort(value) {
+    const sort = find("sort");
+    sort.length = 4;
+    if (![...sort.options].some((option) => option.value === value)) sort.append(el("option", { value, text: value }));
+    sort.value = value;
   }
 
   // Ready for "now make it ..." of a hit: its picture, no words.
@@ -308,10 +314,11 @@ export class Composer {
     const dates = facets.filter(({ kind }) => kind === "date").map(({ name }) => name);
     this.date = dates.includes("date") ? "date" : dates[0];
     find("dates").hidden = !this.date;
-    const [, newest, oldest, name] = find("sort").options;
-    for (const [option, value] of [[newest, `-${this.date}`], [oldest, this.date], [name, facets.some((facet) => facet.name === "name") ? "name" : "id"]]) {
-      Object.assign(option, { hidden: value === undefined || value === "-undefined" }).value = value;
-    }
+    const chosen = find("sort").value;
+    const values = ["", `-${this.date ?? "date"}`, this.date ?? "date", facets.some(({ name }) => name === "name") ? "name" : "id"];
+    values.forEach((value, place) => { find("sort").options[place].value = value; });
+    for (const place of [1, 2]) find("sort").options[place].hidden = !this.date;
+    this.setSort(chosen);
     this.refresh();
   }
 
@@ -336,12 +343,6 @@ export class Composer {
     find("cutoff-why").hidden = most > 0;
     find("cutoff-says").hidden = most === 0;
     this.setQuery(query);
-  }
-
-  setRate(rate) {
-    const nearest = this.rates.reduce((best, other) => (Math.abs(other - rate) < Math.abs(best - rate) ? other : best));
-    find("cutoff").value = this.rates.indexOf(nearest);
-    this.sayCutoff();
   }
 
   sayCutoff() {

@@ -5,9 +5,9 @@ import { Composer } from "./composer.js";
 import { announce, button, el, find, isTyping, onClick, openDialog, plural, say, toast } from "./dom.js";
 import { conditionFor, conditionsOf, joined, rowsOf } from "./filters.js";
 import {
-  NOUNS, browses, clearHistory, drawHistory, fromHash, fromRecord, hitPicture, isEmpty, makeQuery, remember, samePicture, sayQuery, toHash, toPath,
+  NOUNS, browses, clearHistory, drawHistory, fromHash, hitPicture, isEmpty, makeQuery, remember, samePicture, sayQuery, toHash, toPath,
 } from "./query.js";
-import { Column, Details, drawVerdict, linkTwins, nameOf } from "./results.js";
+import { Column, Details, drawVerdict, nameOf } from "./results.js";
 import { follow, newRun, nextPage } from "./run.js";
 
 const WAIT_FOR_MODEL = 2000;
@@ -28,10 +28,7 @@ const actions = {
   refine,
   more,
   compare,
-  retry(run) {
-    start(run);
-    find("stop").focus();
-  },
+  retry: (run) => { start(run); find("stop").focus(); },
   unfiltered: () => composer.setWhere(""),
   anything: (query) => searchAnew(makeQuery({ ...query, modality: "" }), current.parent),
 };
@@ -53,7 +50,7 @@ function search(query, { from = parentOf(query) } = {}) {
 // A control was changed: what is shown is asked anew beside the current turn, and a filter alone is something to show.
 function apply() {
   if (current) begin(makeQuery({ ...current.query, ...composer.controls(), instruction: composer.query().instruction }), current.parent, "pushState");
-  else if (composer.where) search(composer.query());
+  else if (composer.where || (composer.query().sort && browses(composer.query()))) search(composer.query());
 }
 
 function searchAnew(query, from = null) {
@@ -293,9 +290,8 @@ function fill(id, entries) {
 }
 
 function drawExample(example) {
-  const query = fromRecord(example);
-  const words = el("span", {}, el("b", { dir: "auto", text: example.title }), el("span", { class: "asked", dir: "auto", text: query.text || query.instruction }));
-  return button([thumb(query.picture), words], () => searchAnew(query), { class: "example" });
+  const words = el("span", {}, el("b", { dir: "auto", text: example.title }), el("span", { class: "asked", dir: "auto", text: example.text || example.instruction }));
+  return button(words, () => searchAnew(makeQuery(example)), { class: "example" });
 }
 
 function showNotice(title, body, retry = null) {
@@ -331,11 +327,9 @@ onClick("open-key", () => askForKey("A key is set for this tab.", null));
 onClick("open-help", () => openDialog(find("help")));
 
 onClick("open-history", () => {
-  drawHistory(find("past"), (query, leftOut) => {
+  drawHistory(find("past"), (query) => {
     find("history").close();
-    if (!leftOut) return searchAnew(query);
-    composer.setQuery(query);
-    return composer.complain(`The picture “${leftOut}” was too large to keep. Add it again, then search.`);
+    searchAnew(query);
   });
   openDialog(find("history"));
 });
@@ -344,13 +338,6 @@ onClick("clear-history", () => {
   clearHistory();
   drawHistory(find("past"));
   announce("History cleared");
-});
-
-onClick("home", (event) => {
-  if (event.ctrlKey || event.metaKey || event.shiftKey || event.button) return;
-  event.preventDefault();
-  history.pushState({}, "", location.pathname + location.search);
-  goHome();
 });
 
 addEventListener("popstate", (event) => {
@@ -366,11 +353,7 @@ function readAddress() {
   return begin(query, null, "replaceState");
 }
 
-const filters = () => {
-  composer.openPanel(true);
-  find("where").focus();
-};
-const KEYS = { "/": () => find("text").focus(), "f": filters, "?": () => openDialog(find("help")), "c": compare, "[": () => step(-1), "]": () => step(1) };
+const KEYS = { "/": () => find("text").focus(), "f": () => composer.openPanel(true, true), "?": () => openDialog(find("help")), "c": compare, "[": () => step(-1), "]": () => step(1) };
 
 addEventListener("keydown", (event) => {
   if (event.ctrlKey || event.metaKey || event.altKey || event.isComposing || document.querySelector("dialog[open]")) return;
@@ -410,7 +393,6 @@ async function loadConfig() {
   if (!find("landing").hidden) document.title = config.title || "TraceIR";
 }
 
-linkTwins(find("columns"));
 find("open-key").hidden = !key.get();
 if (document.activeElement === document.body && matchMedia("(hover: hover)").matches) find("text").focus();
 await loadConfig();

@@ -9,7 +9,6 @@ const ROUTES = ["auto", "reason", "direct"];
 const MODES = ["vector", "keyword", "hybrid"];
 const HISTORY = "traceir.history";
 const MOST = 60; // queries of the past
-export const PICTURE_CHARACTERS = 96 * 1024;
 export const NOUNS = { image: "picture", text: "text", "image,text": "pair" };
 
 export function makeQuery({ text, instruction, modality, route, picture, mode, where, sort, fold, cutoff, terms }) {
@@ -80,68 +79,42 @@ export function fromHash(hash) {
   return isEmpty(query) ? null : query;
 }
 
-// An example of /page/config, or an entry of the history, whose picture is {"item": id}, {"data": "data:..."} or missing.
-export function fromRecord(record) {
-  const { image } = record;
-  let picture = null;
-  if (typeof image?.item === "string") picture = itemPicture(image.item, image.label ?? "");
-  else if (typeof image?.data === "string" && image.data.startsWith("data:image/")) picture = filePicture(image.data, image.name);
-  return makeQuery({ ...record, picture });
-}
-
 export function sayQuery(query) {
   const words = query.text || query.instruction || (query.picture ? "" : query.where || "everything");
   return query.picture ? (words ? `picture + ${words}` : "by picture") : words;
 }
 
-// The past is in this browser's localStorage. Pictures over a size are left out; a full store loses pictures, then the oldest.
-export function readHistory() {
+// The past is in this browser's localStorage, as addresses; so a picture that only this page holds is not kept.
+function readHistory() {
   try {
-    return JSON.parse(localStorage.getItem(HISTORY) ?? "[]").filter((record) => record !== null && typeof record === "object");
+    return JSON.parse(localStorage.getItem(HISTORY) ?? "[]").filter((record) => typeof record?.hash === "string" && fromHash(record.hash));
   } catch {
     return []; // not ours, or storage is forbidden
   }
 }
 
 export function remember(query) {
-  const fresh = toRecord(query);
-  const same = (record) => JSON.stringify({ ...record, when: 0 }) === JSON.stringify({ ...fresh, when: 0 });
-  write([fresh, ...readHistory().filter((record) => !same(record))].slice(0, MOST));
+  const hash = toHash(query);
+  const others = readHistory().filter((record) => record.hash !== hash);
+  try {
+    if (hash) localStorage.setItem(HISTORY, JSON.stringify([{ when: Date.now(), hash }, ...others].slice(0, MOST)));
+  } catch {
+    // Storage is full or forbidden: no history then.
+  }
 }
 
 export const clearHistory = () => localStorage.removeItem(HISTORY);
 
-function toRecord({ picture, ...rest }) {
-  const record = { when: Date.now(), ...rest };
-  if (picture?.kind === "item") record.image = { item: picture.id, label: picture.label.slice(0, 200) };
-  else if (picture) record.image = { data: picture.data, name: picture.name };
-  return picture?.data?.length > PICTURE_CHARACTERS ? withoutPicture(record) : record;
-}
-
-const withoutPicture = ({ image, ...rest }) => ({ ...rest, left_out: image.name ?? "picture" });
-
-function write(records) {
-  try {
-    localStorage.setItem(HISTORY, JSON.stringify(records));
-  } catch {
-    if (!records.length) return; // storage is forbidden: no history then
-    const bare = records.findLastIndex((record) => record.image?.data);
-    write(bare < 0 ? records.slice(0, -1) : records.with(bare, withoutPicture(records[bare])));
-  }
-}
-
-// Fills a list with the past; `choose(query, left_out)` is called with the one that is pressed.
+// Fills a list with the past; `choose(query)` is called with the one that is pressed.
 export function drawHistory(list, choose) {
-  list.replaceChildren(...readHistory().map((record) => el("li", {}, entry(record, choose))));
+  list.replaceChildren(...readHistory().map(({ hash, when }) => el("li", {}, entry(fromHash(hash), when, choose))));
   if (!list.children.length) list.append(el("li", { class: "quiet", text: "Nothing yet." }));
 }
 
-function entry(record, choose) {
-  const query = fromRecord(record);
-  const about = [record.left_out ? "its picture was not kept" : "", query.route === "auto" ? "" : query.route, query.text && query.where, ago(record.when)];
-  const words = el("span", { class: "row-words" }, el("span", { dir: "auto", text: sayQuery(query) || "a picture" }),
-    el("span", { class: "quiet", text: about.filter(Boolean).join(" · ") }));
-  return button([thumb(query.picture), words], () => choose(query, record.left_out ?? ""), { class: "row" });
+function entry(query, when, choose) {
+  const about = [query.route === "auto" ? "" : query.route, query.text && query.where, ago(when)].filter(Boolean).join(" · ");
+  const words = el("span", { class: "row-words" }, el("span", { dir: "auto", text: sayQuery(query) || "a picture" }), el("span", { class: "quiet", text: about }));
+  return button([thumb(query.picture), words], () => choose(query), { class: "row" });
 }
 
 function ago(when) {

@@ -9,8 +9,6 @@ import { PAGE, TracePanel, moves } from "./run.js";
 const LONGEST = 20000; // characters of a text in the dialog
 export const DRAGGED = "application/x-traceir-item";
 const TITLES = { 0: "No connection", 401: "A key is needed", 403: "This key may not search", 429: "The server is busy", 503: "The server is not ready" };
-const LEGEND = [["▲", "up", "higher here than on the other route"], ["▼", "down", "lower here"], ["=", "", "the same place"],
-  ["only here", "new", "not among the other's hits"]];
 
 // The last part of an id, which is a file's name; pages and moments of a file keep their "#...".
 export const nameOf = ({ id, fields }) => (typeof fields?.name === "string" && fields.name) || id.replace(/^.*\/(?=[^/])/s, "");
@@ -113,9 +111,7 @@ const sayCut = (cut) =>
 // The line above two columns: what the routes agree on, what moved, and what reasoning cost. `leave` ends the comparison.
 export function drawVerdict(verdict, mine, other, leave) {
   if (verdict.hidden || !verdict.firstChild) {
-    const legend = LEGEND.map(([sign, kind, words]) => el("span", {}, el("span", { class: `move ${kind}`, text: sign }), ` ${words}`));
-    verdict.replaceChildren(el("p", { role: "status" }), button("End the comparison", leave, { "aria-keyshortcuts": "Escape" }),
-      el("p", { class: "legend quiet" }, ...legend));
+    verdict.replaceChildren(el("p", { role: "status" }), button("End the comparison", leave, { "aria-keyshortcuts": "Escape" }));
   }
   verdict.hidden = false;
   const text = el("p", {}, ...(mine.status === "done" && other.status === "done" ? compared(mine, other) : ["Comparing the two routes …"]));
@@ -137,15 +133,6 @@ function costOf(reasoned, direct) {
   const more = (reasoned.trace.seconds?.encode ?? NaN) - (direct.trace.seconds?.encode ?? NaN);
   const fresh = !reasoned.trace.cached && !direct.trace.cached && more > 0;
   return ` Reasoning cost ${plural(reasoned.trace.tokens ?? 0, "token")}${fresh ? ` and ${seconds(more)}` : ""}.`;
-}
-
-// While a hit is pointed at or has the focus, the same hit in the other column is marked.
-export function linkTwins(columns) {
-  const mark = (event) => {
-    const card = event.type === "focusout" ? null : event.target.closest(".card[data-id]");
-    for (const other of columns.querySelectorAll(".card")) other.classList.toggle("twin", Boolean(card) && other !== card && other.dataset.id === card.dataset.id);
-  };
-  for (const kind of ["pointerover", "pointerleave", "focusin", "focusout"]) columns.addEventListener(kind, mark);
 }
 
 class Grid {
