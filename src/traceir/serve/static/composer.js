@@ -18,6 +18,7 @@ export class Composer {
   reading = 0; // counts what became of the picture, so that a file that is read late does not take its place
   config = {};
   rates = [0];
+  ready = new Promise((resolve) => { this.isReady = resolve; }); // that the server has said what it takes
   facets = [];
   where = ""; // the filter as it was applied; a wrong one stays in its field
   terms = [];
@@ -33,7 +34,10 @@ export class Composer {
       event.preventDefault();
       search(this.query());
     });
-    this.form.addEventListener("input", () => this.refresh());
+    this.form.addEventListener("input", () => {
+      this.complain("");
+      this.refresh();
+    });
     this.text.addEventListener("keydown", (event) => {
       if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
       event.preventDefault();
@@ -148,10 +152,10 @@ export class Composer {
   }
 
   // The first picture among files that came together, sent as it is: what is searched with must be what was given.
-  takeFiles(files) {
+  async takeFiles(files) {
+    await this.ready;
     const { types = {}, suffixes = [], most_bytes: most = Infinity } = this.config.pictures ?? {};
     const isKnown = ({ type, name }) => type in types || suffixes.some((suffix) => name.toLowerCase().endsWith(suffix));
-    if (!suffixes.length) return this.complain("The server is not ready for pictures. Try again in a moment.");
     const file = files.find(isKnown);
     if (!files.length) return;
     if (!file) {
@@ -188,6 +192,7 @@ export class Composer {
     this.picture = picture;
     find("choose").hidden = picture !== null;
     find("chosen").hidden = picture === null;
+    this.complain("");
     this.refresh();
     const lost = find("preview-lost");
     lost.hidden = true;
@@ -224,9 +229,7 @@ export class Composer {
     [this.where, this.terms] = [query.where, query.terms];
     find("where").value = query.where;
     this.blame("");
-    find("fold").checked = query.fold ?? Boolean(this.config.fold);
-    const away = (rate) => Math.abs(rate - (query.cutoff ?? this.ownRate));
-    find("cutoff").value = this.rates.reduce((best, rate, place) => (away(rate) < away(this.rates[best]) ? place : best), 0);
+    this.setDecisions(query);
     this.setPicture(query.picture);
   }
 
@@ -245,9 +248,8 @@ export class Composer {
     announce("This picture is the next query's. Say what to change.");
   }
 
-  // What follows from the fields: placeholder, chips, dates; and old complaints go.
+  // What follows from the fields: placeholder, chips, dates.
   refresh() {
-    this.complain("");
     this.text.placeholder = this.picture ? CHANGE : PLAIN;
     for (const chip of find("chips").children) chip.ariaPressed = String(chip.textContent === this.instruction.value.trim());
     const conditions = conditionsOf(this.where);
@@ -330,8 +332,8 @@ export class Composer {
   }
 
   setConfig(config) {
-    const query = this.query();
     this.config = config;
+    this.isReady();
     const { types = {}, suffixes = [] } = config.pictures ?? {};
     find("file").accept = [...Object.keys(types), ...suffixes].join(",") || "image/*";
     this.setInstructions(config.instructions ?? []);
@@ -342,7 +344,14 @@ export class Composer {
     Object.assign(find("cutoff"), { max: this.rates.length - 1, disabled: most === 0 });
     find("cutoff-why").hidden = most > 0;
     find("cutoff-says").hidden = most === 0;
-    this.setQuery(query);
+    this.setDecisions({ fold: null, cutoff: null });
+    this.refresh();
+  }
+
+  setDecisions({ fold, cutoff }) {
+    find("fold").checked = fold ?? Boolean(this.config.fold);
+    const away = (rate) => Math.abs(rate - (cutoff ?? this.ownRate));
+    find("cutoff").value = this.rates.reduce((best, rate, place) => (away(rate) < away(this.rates[best]) ? place : best), 0);
   }
 
   sayCutoff() {
