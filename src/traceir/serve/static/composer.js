@@ -34,9 +34,9 @@ export class Composer {
       event.preventDefault();
       search(this.query());
     });
-    this.form.addEventListener("input", () => {
+    this.form.addEventListener("input", ({ target }) => {
       this.complain("");
-      this.refresh();
+      if (target.type !== "date") this.refresh(); // it would take back what is being picked
     });
     this.text.addEventListener("keydown", (event) => {
       if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
