@@ -2,8 +2,9 @@
 
 `python -m benchmarks.bundle` copies out/runs/mini/checkpoint to models/mini with a meta.json that tells how it was made, then
 scores it, and the two baselines that are there (`mini-direct`, same updates; `mini-direct-long`, same wall time), and writes
-docs/results/: minibeir, routing, routes, steps, scoreboard, unseen, faithful, and a page of examples. What is encoded already is
-not encoded again. `--before FOLDER`, an evaluation of the model bundled before, adds retrained.md: won and lost, query by query.
+docs/results/: minibeir, routing, routes, steps, scoreboard, unseen, faithful, and a page of examples. What is encoded already
+is not encoded again. `--before FOLDER`, an evaluation of the model bundled before, adds retrained.md: won and lost, query by
+query. `--reranker ADAPTER` does none of this: it makes an adapter of `traceir train --preset mini-rerank` the model's reranker.
 """
 
 from __future__ import annotations
@@ -11,19 +12,23 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Final
 
 import torch
+from safetensors.torch import load_file, save_file
 
 from benchmarks.background import write_background
-from traceir.checkpoint import bundled_model
+from traceir.adapter import Base, adapter_fingerprint, read_base, weights_fingerprint
+from traceir.checkpoint import ADAPTER, ADAPTER_WEIGHTS, bundled_model, read_object
 from traceir.encoder import Encoder
 from traceir.evaluation.compare import compare
 from traceir.evaluation.evaluate import evaluate
 from traceir.evaluation.results import table
 from traceir.evaluation.unseen.run import evaluate_unseen
 from traceir.evaluation.unseen.run import table as unseen_table
+from traceir.files import replacing_folder
 from traceir.items import Route
 from traceir.lab.examples import write_examples
 from traceir.lab.faithful import probe
@@ -31,6 +36,7 @@ from traceir.lab.report import run_report
 from traceir.lab.scoreboard import write_scoreboard
 from traceir.minibeir.drawing import SIZE
 from traceir.minibeir.unseen.build import build_unseen
+from traceir.settings import read_settings, write_settings
 from traceir.world import World, words_of
 
 RUNS, OUT, RESULTS = Path("out/runs"), Path("out/evaluate"), Path("docs/results")
@@ -49,8 +55,13 @@ SAYS: Final = (
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--before", metavar="FOLDER", help="evaluation of the model bundled before")
-    before = parser.parse_args().before
+    parser.add_argument("--reranker", type=Path, metavar="ADAPTER", help="make it the bundled model's reranker, and end")
+    options = parser.parse_args()
+    before = options.before
     torch.set_num_threads(1)
+    if options.reranker is not None:
+        bundle_reranker(options.reranker)
+        return
     bundle(RUNS / "mini" / "checkpoint")
     encoder = Encoder.from_pretrained(MODEL)
     scores = OUT / encoder.fingerprint
@@ -82,13 +93,33 @@ def bundle(checkpoint: Path) -> None:
     if not (checkpoint / "traceir.json").is_file():
         raise SystemExit(f"{checkpoint} is not there; run runs/mini.sh first")
     MODEL.mkdir(parents=True, exist_ok=True)
-    for file in MODEL.iterdir():
-        file.unlink()
+    for file in MODEL.iterdir():  # a reranker too, which belongs to the weights that were there
+        shutil.rmtree(file) if file.is_dir() else file.unlink()
     for file in checkpoint.iterdir():
         shutil.copyfile(file, MODEL / file.name)
     settings = MODEL / "traceir.json"
     settings.write_text(json.dumps(json.loads(settings.read_text()) | {"world": world().as_json()}, indent=2) + "\n")
     write_background(MODEL)
+
+
+def bundle_reranker(checkpoint: Path) -> None:
+    """The adapter's files below the bundled model, which is its base; tensors in float16."""
+    target, base = MODEL / "rerank", Base(f"../../{MODEL.name}", weights_fingerprint(MODEL))
+    if read_base(checkpoint).fingerprint != base.fingerprint:
+        raise SystemExit(f"{checkpoint} is not an adapter over {MODEL}, whose weights are {base.fingerprint}")
+    with replacing_folder(target) as fresh:
+        for name in (ADAPTER, "preprocessor_config.json", "tokenizer.json", "tokenizer_config.json"):
+            shutil.copyfile(checkpoint / name, fresh / name)
+        config = read_object(fresh / ADAPTER) | {"base_model_name_or_path": base.source}
+        (fresh / ADAPTER).write_text(json.dumps(config, indent=2) + "\n")
+        weights = load_file(checkpoint / ADAPTER_WEIGHTS)
+        save_file({name: value.half() for name, value in weights.items()}, fresh / ADAPTER_WEIGHTS, {"format": "pt"})
+        settings = read_settings(checkpoint / "traceir.json")
+        assert settings is not None
+        made = replace(settings, fingerprint=adapter_fingerprint(fresh, base.fingerprint))
+        write_settings(made, fresh, base=asdict(base))
+        if (meta := checkpoint.parent / "meta.json").is_file():
+            shutil.copyfile(meta, fresh / "meta.json")
 
 
 def world() -> World:

@@ -103,6 +103,8 @@ def test_langchain_retriever(client: Client, encoder: Encoder, tmp_path: Path) -
             assert (own["id"], own["rank"], own["modality"]) == ("k1", 1, "text")
             document.metadata["traceir"] = own
             assert asyncio.run(retriever.ainvoke(TEXTS[1])) == [document]
+        words = TraceRetriever(source=searcher, mode="keyword", where="shelf=1 or id=k0")
+        assert [document.id for document in words.invoke(f'"{TEXTS[1]}"')] == ["k1"]
     with pytest.raises(ValueError, match="cannot search"):
         TraceRetriever(source="http://localhost:8080")
 

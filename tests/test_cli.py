@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -215,6 +216,8 @@ def test_wrong_input_is_refused_before_a_model_is_loaded(
         (("search", "--index", index), "nothing to search with"),
         (("search", "", "--index", index), "nothing to search with"),
         (("search", "--index", index, "--text", "a", "--where", "year"), "FIELD=VALUE"),
+        (("search", "--index", index, "--text", "a", "--mode", "keyword", "--cutoff", "0.1"), "a cut-off judges vectors"),
+        (("search", "--index", index, "--text", "a", "--minus-image", "nothere.png"), "nothere.png does not exist"),
         (("index", "add", phone, phone / "film.mov", "--index", index), "convert images"),
         (("evaluate", "--data", gallery, "--out", tmp_path / "out", "--route", "auto,fast"), "'fast'"),
         (("explain", "--candidate", "--text", "a", "--modality", "text"), "--candidate"),
@@ -315,6 +318,42 @@ def test_conditions_match_text_and_what_it_reads_as() -> None:
         assert matches(where, "x", "text", {"code": text}) and not matches(where, "x", "text", {})
     with pytest.raises(InputError, match="5000 conditions in all; give at most 256"):
         search_verbs.parse_where(["a=1"] * 5000)
+
+
+def test_a_number_and_a_colon_before_a_term_are_its_weight() -> None:
+    for text, term in (
+        ("beach", (1, "beach")), ("0.5:beach", (0.5, "beach")), (".5:a:b", (0.5, "a:b")), ("1:16:9", (1, "16:9")),
+        ("note: 5", (1, "note: 5")), ("5:", (1, "5:")), ("-1:a", (1, "-1:a")), ("2:\n", (2, "\n")),
+    ):  # fmt: skip
+        assert search_verbs.parse_term(text) == term
+    with pytest.raises(InputError, match="weight 16, more than 10; if that is no weight, write 1:16:9"):
+        search_verbs.parse_term("16:9")
+
+
+def test_a_search_is_moved_folded_sorted_and_paged(tmp_path: Path, checkpoint: Path, loaded: TraceModel, call: Call) -> None:
+    lines = [
+        {"id": f"t{n}", "text": ["a red cube", "a red cube", "a blue cone"][n % 3], "date": f"2024-0{n + 1}"} for n in range(6)
+    ]
+    (tmp_path / "t.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    where = ("--index", tmp_path / "i", "--model", checkpoint)
+    call("index", "add", tmp_path / "t.jsonl", *where)
+    words = call("search", "red cube", "--mode", "keyword", "--fold", "--sort", "-date", *where[:2]).out.splitlines()
+    assert words[0].startswith("mode       keyword (") and len(words) == 2 and words[1].endswith("a red cube  (+3 like it)")
+    both = call(
+        "search", "red cube", "--mode", "hybrid", "--where", "date>=2024-03", "--where", "not id=t5", *where
+    ).out.splitlines()
+    assert sorted(line.split()[2] for line in both if re.match(" *[0-9]", line)) == ["t2", "t3", "t4"]
+    assert any("(vector " in line and ", keyword " in line for line in both)
+    asked = ("search", "a red cube", "-k", 4, "--json", "--minus", "0.5:a cone", "--plus", "a ball", *where)
+    pages = [json.loads(call(*asked).out)]
+    pages.append(json.loads(call(*asked, "--after", pages[0]["next"]).out))
+    assert sorted(hit["id"] for page in pages for hit in page["hits"]) == [f"t{n}" for n in range(6)]
+    assert [hit["rank"] for page in pages for hit in page["hits"]] == [1, 2, 3, 4, 5, 6] and pages[1]["next"] is None
+    moved = pages[0]["hits"][0]
+    assert moved["scores"] == {"vector": moved["score"]} and moved["similar"] == []
+    assert moved["score"] != json.loads(call("search", "a red cube", "--json", *where).out)["hits"][0]["score"]
+    with pytest.raises(SystemExit, match="2"):
+        run("search", "--fold", "quick", *where)
 
 
 def test_an_explanation_shows_what_is_supervised_and_read(loaded: TraceModel, checkpoint: Path, call: Call) -> None:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import httpx2
+import numpy as np
 import pytest
 from fakes import vector_of
 from hypothesis import HealthCheck, given, settings
@@ -26,7 +27,8 @@ from tiffs import SHORT, tiff
 
 from traceir.errors import InputError, StoreError
 from traceir.images import ImageInput, ImageLimits
-from traceir.index import And, Eq, Filter, In, Range, SqliteIndex, open_index
+from traceir.index import And, Eq, Filter, Glob, In, Not, Or, Range, SqliteIndex, open_index
+from traceir.index.pages import position_of
 from traceir.items import Item
 from traceir.serve import fetch
 from traceir.serve.access import KeyMiddleware, Limits, scope_needed
@@ -558,7 +560,8 @@ def opened(folder: Path) -> SqliteIndex:
 TENANTS = (None, "acme", "acme-b", "b")
 IDS = ("a", "b", "acme:a", "_tenant:acme:a", "_tenant:b:a", ":a", "../acme/a", "_tenant", "\x1f")
 FILTERS: tuple[Filter | None, ...] = (
-    None, Eq("n", 1), Eq("id", "a"), Eq("id", "_tenant:acme:a"), In("id", ("a", "_tenant:b:a")), Range("id", low="a"),
+    None, Eq("n", 1), Eq("id", "a"), Glob("id", "*a"), Not(Eq("id", "a")), Or((Eq("n", 3), Range("id", above="a", below="c"))),
+    Eq("id", "_tenant:acme:a"), In("id", ("a", "_tenant:b:a")), Range("id", low="a"),
     Range("id", high="b"), Range("id", low="_tenant:acme:", high="_tenant:acme:~"), And(()), And((Eq("n", 2), In("id", IDS))),
     Eq("modality", "text"), In("n", ()), Eq("id", 1), Range("id", low=1), Eq("n", None),
 )  # fmt: skip
@@ -596,6 +599,37 @@ def test_each_tenant_sees_what_it_would_see_in_an_index_of_its_own(tmp_path_fact
             for where in FILTERS:
                 assert list(view.scan(where)) == list(alone.scan(where)) and view.count(where) == alone.count(where)
                 assert view.search(query, 5, where=where) == alone.search(query, 5, where=where)
+                for sort in ("id", "-id", "n", "-n"):
+                    assert view.browse(where, sort=sort, limit=9) == alone.browse(where, sort=sort, limit=9)
+                    [first] = view.browse(where, sort=sort, limit=1) or [None]
+                    if first is not None:
+                        after = position_of(first, sort)
+                        assert view.browse(where, sort=sort, after=after, limit=9) == alone.browse(where, sort=sort, limit=10)[1:]
+
+
+def test_words_of_one_tenant_tell_nothing_of_those_of_another(tmp_path: Path) -> None:
+    """BM25 goes by how rare a word is: here by the tenant's own items."""
+    vectors = np.stack([vector_of(str(n), 4) for n in range(100)])
+    with opened(tmp_path / "shared") as shared, opened(tmp_path / "alone") as alone:
+        views = {name: TenantIndex(shared, name) for name in ("acme", "rival", None)}
+        own = [
+            Item.of(text=f"{'plan' if n % 3 else 'plot'} of {n} cups", id=f"i{n}", fields={"name": f"cup {n}"}) for n in range(12)
+        ]
+        for index in (views["acme"], alone):
+            index.upsert(own, vectors[:12])
+        found = [views["acme"].search_keywords(asked, 20) for asked in ("plan plot", '"plan of"', "plot -9")]
+        for hits, asked in zip(found, ("plan plot", '"plan of"', "plot -9"), strict=True):
+            wanted = alone.search_keywords(asked, 20)
+            assert [(hit.id, hit.rank) for hit in hits] == [(hit.id, hit.rank) for hit in wanted] != []
+            if "-" not in asked:  # which FTS5 counts before it leaves items out
+                assert [hit.score for hit in hits] == pytest.approx([hit.score for hit in wanted], rel=0.02)
+        views["rival"].upsert([Item.of(text="plot " * 5, id=f"r{n}") for n in range(100)], vectors)
+        assert [views["acme"].search_keywords(asked, 20) for asked in ("plan plot", '"plan of"', "plot -9")] == found
+        assert views[None].search_keywords("plot", 20) == [] and len(views["rival"].search_keywords("plot", 3)) == 3
+        shared.keep_note("roots", "/home/of/rival")
+        assert views["acme"].note("roots") is None
+        with pytest.raises(InputError, match="of the whole index"):
+            views["acme"].keep_note("roots", "x")
 
 
 def test_client_can_neither_set_nor_ask_for_the_tenant(tmp_path: Path) -> None:

@@ -11,11 +11,15 @@ import zipfile
 from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
 import pytest
+from fakes import FakeEncoder
 
 from traceir.checkpoint import bundled_model, check_model, fetch, hub_answers
 from traceir.errors import ModelError
 from traceir.evaluation.results import QueryOutcome
+from traceir.index import open_index
+from traceir.items import Item
 
 ROOT = Path(__file__).parents[1]
 
@@ -84,6 +88,16 @@ def test_lists_and_reports_and_refusals_import_only_what_they_need(tmp_path: Pat
         done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
         loaded = done.stderr.splitlines()[-1]
         assert [name for name in unneeded if f"'{name}'" in loaded] == [], line
+
+
+def test_words_are_found_without_torch(tmp_path: Path) -> None:
+    encoder = FakeEncoder()
+    with open_index(tmp_path / "index", encoder, create=True) as index:
+        index.upsert([Item.of(text="a red cup", id="cup")], np.ones((1, encoder.width), dtype=np.float32))
+    line = ["search", "cup", "--mode", "keyword", "--index", str(tmp_path / "index")]
+    script = f"import sys\nfrom traceir.cli.main import main\nmain({line!r})\nprint([*sys.modules], file=sys.stderr)"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert "cup  a red cup" in done.stdout and [name for name in ("torch", "faiss", "jinja2") if f"'{name}'" in done.stderr] == []
 
 
 def test_a_name_that_can_be_no_checkpoint_is_said_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

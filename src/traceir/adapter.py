@@ -24,6 +24,7 @@ from traceir.checkpoint import ADAPTER_WEIGHTS as WEIGHTS
 from traceir.errors import InputError, ModelError
 from traceir.files import replacing_folder
 from traceir.forward import TraceModel
+from traceir.network import Network
 from traceir.settings import SETTINGS, write_companions, write_settings
 
 LINEARS: Final = (
@@ -204,6 +205,43 @@ def merged(network: Any, folder: Path) -> Any:
         return adapter.merge_and_unload(safe_merge=True)
     except (SafetensorError, OSError, ValueError, RuntimeError, TypeError) as error:
         raise ModelError(f"cannot apply the adapter {folder} to its base: {error}") from error
+
+
+def merged_plainly(network: Network, folder: Path) -> Network:
+    """As `merged` for network.py's network, without PEFT: for what `attach` makes and `save_adapter` writes, else ModelError."""
+    config, tensors = read_object(folder / ADAPTER), load_file(folder / WEIGHTS)
+    rank, alpha = int(config["r"]), float(config["lora_alpha"])
+    weights = dict(network.named_parameters())
+    written, read = network.lm_head, network.model.language_model.embed_tokens
+    tied = written.weight.data_ptr() == read.weight.data_ptr()
+    for name, value in tensors.items():
+        part = name.removeprefix("base_model.model.")
+        if part.endswith(".lora_B.weight"):
+            continue
+        if part.endswith(".lora_A.weight"):
+            part = part.replace(".lora_A.", ".")
+            change = tensors[name.replace(".lora_A.", ".lora_B.")].float() @ value.float() * (alpha / rank)
+            new = weights[part] + change if part in weights else None
+        elif part.endswith(".token_adapter.trainable_tokens_delta"):
+            part = part.replace("token_adapter.trainable_tokens_delta", "weight")
+            new = weights[part].clone() if part in weights else None
+            if new is not None:
+                new[config["trainable_token_indices"][part.split(".")[-2]]] = value
+        else:
+            new = value
+        if new is None or new.shape != weights[part].shape:
+            raise ModelError(f"{folder / WEIGHTS} does not fit its base: {name}")
+        weights[part].data = new.to(weights[part].dtype)
+    if tied:
+        written.weight = read.weight
+    return network
+
+
+def plain(folder: Path) -> bool:
+    """Whether an adapter asks for nothing that `merged_plainly` lacks."""
+    config = read_object(folder / ADAPTER)
+    special = ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "fan_in_fan_out", "lora_bias")
+    return config.get("peft_type") == "LORA" and not any(config.get(name) for name in special)
 
 
 def _with_adapter(network: Any, config: Any, seed: int | None = None) -> Any:

@@ -41,7 +41,8 @@ class Layout:
 
     `ids` [T] is what the model reads; `targets` [T] the token to be predicted at each position, IGNORE where none is supervised;
     `positions` [3, T] the M-RoPE positions (time, height, width); `pooling_index` the index whose state is the embedding; `cut`
-    the number of text tokens the budget removed.
+    the number of text tokens the budget removed. `segments` [T], where several continuations of one beginning lie side by side:
+    0 for the beginning, which all of them read, then 1, 2 ... for those, which do not read each other.
     """
 
     ids: _Ids
@@ -50,16 +51,23 @@ class Layout:
     pixels: tuple[Pixels, ...]
     pooling_index: int
     cut: int
+    segments: _Ids | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
 
-    def joined(self, behind: Layout) -> Layout:
-        """This layout and another behind it, as one; the latter's pooling position."""
-        positions = np.concatenate([self.positions, behind.positions + int(self.positions.max()) + 1], axis=1)
-        ids, targets = np.concatenate([self.ids, behind.ids]), np.concatenate([self.targets, behind.targets])
-        pooling_index, cut = len(self) + behind.pooling_index, self.cut + behind.cut
-        return Layout(ids, targets, positions, (*self.pixels, *behind.pixels), pooling_index, cut)
+    def joined(self, *behind: Layout) -> Layout:
+        """This layout and each of the others behind it, as one; each continues it as if it stood alone."""
+        every, start = (self, *behind), int(self.positions.max()) + 1
+        return Layout(
+            np.concatenate([part.ids for part in every]),
+            np.concatenate([part.targets for part in every]),
+            np.concatenate([self.positions, *(part.positions + start for part in behind)], axis=1),
+            tuple(image for part in every for image in part.pixels),
+            sum(map(len, every)) - 1,
+            sum(part.cut for part in every),
+            np.repeat(np.arange(len(every)), [len(part) for part in every]),
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +75,7 @@ class Batch:
     """Left-padded rows: ids, mask, targets [B, T]; positions [3, B, T]; patches [P, C]; grids [N, 3]; pooling_index [B].
 
     Patches are float32 as the vision tower reads them, or uint8 [P, 3 * patch * patch] (an eighth of the size), which the model
-    brings into that form on its own device.
+    brings into that form on its own device. `segments` [B, T] as in a Layout, -1 for padding; None where no row has any.
     """
 
     ids: torch.Tensor
@@ -77,6 +85,7 @@ class Batch:
     patches: torch.Tensor | None
     grids: torch.Tensor | None
     pooling_index: torch.Tensor
+    segments: torch.Tensor | None = None
 
     def to(self, device: torch.device) -> Batch:
         tensors = {field.name: getattr(self, field.name) for field in fields(self)}
@@ -267,7 +276,7 @@ class Processor:
         pixels = [image for layout in layouts for image in layout.pixels]
         patches, grids = self.patches(pixels, raw=raw) if pixels else (None, None)
         text = (torch.from_numpy(ids), torch.from_numpy(mask), torch.from_numpy(targets), torch.from_numpy(positions))
-        return Batch(*text, patches, grids, pooling_index)
+        return Batch(*text, patches, grids, pooling_index, _segments(layouts, width))
 
     def pixels(self, image: ImageInput) -> Pixels:
         """The image at the model's budget: uint8 [H, W, 3], H and W multiples of patch x merge (Qwen's smart resize)."""
@@ -300,6 +309,16 @@ class Processor:
         mean, std = (torch.tensor(value, device=patches_PC.device).view(3, 1) for value in (self.image.mean, self.image.std))
         values = (patches_PC.view(len(patches_PC), 3, -1).float() / 255.0 - mean) / std
         return values.unsqueeze(2).expand(-1, -1, self.image.temporal, -1).reshape(len(patches_PC), -1)
+
+
+def _segments(layouts: Sequence[Layout], width: int) -> torch.Tensor | None:
+    """Those of a batch; a row that has none is all beginning."""
+    if all(layout.segments is None for layout in layouts):
+        return None
+    segments = np.full((len(layouts), width), -1, dtype=np.int64)
+    for row, layout in enumerate(layouts):
+        segments[row, width - len(layout) :] = 0 if layout.segments is None else layout.segments
+    return torch.from_numpy(segments)
 
 
 def by_shape(shapes: Sequence[Hashable], run: Callable[[list[int]], Iterable[torch.Tensor]]) -> torch.Tensor:

@@ -18,7 +18,7 @@ from traceir.items import Hit, Value
 
 SAME: Final = 0.98
 """Cosine from which on two items are near-duplicates."""
-BURST: Final = 0.90
+BURST: Final = 0.8
 BURST_S: Final = 10.0
 
 

@@ -17,7 +17,7 @@ from typing import Any, Final
 import torch
 from safetensors import SafetensorError
 
-from traceir.adapter import adapter_fingerprint, checked_base, foreign_base, merged
+from traceir.adapter import adapter_fingerprint, checked_base, foreign_base, merged, merged_plainly, plain
 from traceir.catalogue import profile_for
 from traceir.checkpoint import ADAPTER, CONFIG, fetch, fingerprint, read_object, weight_files
 from traceir.errors import ModelError
@@ -79,7 +79,7 @@ def load(
     settings = (settings if profile is None else settings.under(profile)).overridden(overrides)
     try:
         if (folder / ADAPTER).is_file():
-            model = _with_adapter(folder, settings, dtype, profile, overrides)
+            model = _with_adapter(folder, settings, dtype, profile, inference, overrides)
         else:
             network: Any
             tokenizer: Any
@@ -124,12 +124,17 @@ def _stock(folder: Path, name: str, dtype: torch.dtype) -> tuple[Any, Any]:
 
 
 def _with_adapter(
-    folder: Path, settings: TraceSettings, dtype: torch.dtype, profile: Profile | None, overrides: dict[str, Any]
+    folder: Path, settings: TraceSettings, dtype: torch.dtype, profile: Profile | None, inference: bool, overrides: dict[str, Any]
 ) -> TraceModel:
     """The base with the adapter merged in memory; one of another project lacks TraceIR's files and takes those of its base."""
+    weight_files(folder)  # an error of ours where there are only pickles
+    if inference and profile is None and plain(folder):
+        base = load(checked_base(folder), dtype=dtype, as_published=False, inference=True)
+        if isinstance(base.network, Network):
+            image = image_budget(folder / PREPROCESSOR, base.network.config)
+            return wrap(merged_plainly(base.network, folder), InferenceTokenizer(folder / "tokenizer.json"), settings, image)
     from transformers import AutoTokenizer
 
-    weight_files(folder)  # an error of ours where there are only pickles
     if profile is None:
         base = load(checked_base(folder), dtype=dtype, as_published=False)
         image = image_budget(folder / PREPROCESSOR, base.network.config)

@@ -154,14 +154,17 @@ class Language(nn.Module):
         cache: Cache | None = None,
         use_cache: bool = False,
     ) -> SimpleNamespace:
-        """`attention_mask` [B, K] is 1 where a token counts; None where all do."""
+        """`attention_mask` [B, K] is 1 where a token counts, or [B, 1, T, K] true where one attends to another; None where all
+        count."""
         states = inputs_embeds
         # Each frequency rotates by the time, the row or the column (Qwen2-VL's M-RoPE): [B, 1, T, E].
         parts = torch.split(_angles(position_ids, self.theta, self.width), self.sections, dim=-1)
         angles = torch.cat([part[axis % 3] for axis, part in enumerate(parts)], dim=-1)
         angles = torch.cat([angles, angles], dim=-1).unsqueeze(1)
         rotation = angles.cos().to(states.dtype), angles.sin().to(states.dtype)
-        mask = None if attention_mask is None else _causal(attention_mask, states.shape[1])
+        mask = attention_mask
+        if mask is not None and mask.ndim == 2:
+            mask = _causal(mask, states.shape[1])
         for layer in self.layers:
             states = layer(states, rotation, mask, cache)
         return SimpleNamespace(last_hidden_state=self.norm(states))

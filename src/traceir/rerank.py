@@ -237,13 +237,13 @@ class TraceReranker:
 
 
 def answer_tokens(processor: Any) -> list[int]:
-    """The first tokens of "yes" and of "no"; ModelError where they are one."""
+    """The first tokens in which "yes" and "no" differ: a tokenizer may begin every word with the same one."""
     from traceir.prompts import ANSWERS
 
-    yes, no = (processor.plain_ids(answer)[0] for answer in ANSWERS)
-    if yes == no:
-        raise ModelError(f"the tokenizer begins {' and '.join(ANSWERS)} with one token; this checkpoint cannot be asked for them")
-    return [yes, no]
+    for yes, no in zip(*map(processor.plain_ids, ANSWERS), strict=False):
+        if yes != no:
+            return [yes, no]
+    raise ModelError(f"the tokenizer cannot tell {' from '.join(ANSWERS)}, so this checkpoint cannot be asked for them")
 
 
 class CrossReranker:
@@ -290,8 +290,11 @@ class CrossReranker:
 
         scores = [UNREADABLE] * len(items)
         asked = self._input(query)
-        pairs = {number: (asked, offered) for number, item in enumerate(items) if (offered := self._input(item)) is not None}
-        if asked is None or not pairs:
+        if asked is None:
+            return scores
+        inputs = {number: offered for number, item in enumerate(items) if (offered := self._input(item)) is not None}
+        pairs = {number: _pair(asked, offered) for number, offered in inputs.items()}
+        if not pairs:
             return scores
         try:
             with self._lock:
@@ -311,6 +314,13 @@ class CrossReranker:
             except ImageError as error:
                 log.warning("%s is not reranked: %s", content.id or "(no id)", error)
                 return None
-            return {"image": image, "text": text} if text else image
-        # A str that is a path or an address would be opened.
-        return {"text": text} if text else None
+            return {"image": image, "text": text} if text else {"image": image}
+        return text or None
+
+
+def _pair(asked: Any, offered: Any) -> tuple[Any, Any]:
+    """Beside an image the library would open a text that is a path or an address; in a dict it stays a text."""
+    if isinstance(asked, str) and isinstance(offered, str):
+        return asked, offered
+    first, second = ({"text": side} if isinstance(side, str) else side for side in (asked, offered))
+    return first, second

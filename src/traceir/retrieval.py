@@ -3,7 +3,11 @@
 Candidates come from the vectors, the words, or both; those below the cut-off go, those that were shown go, near-duplicates go
 under the best of them, the first few may be reranked, and what is relevant may be sorted by a field. Both together are fused by
 reciprocal rank (Cormack, Clarke and Buettcher 2009): a hit scores (1 - w) 61 / (60 + its rank by vectors) + w 61 / (60 + its rank
-by words), so that 1 is the first of both. With a cut-off, hits by words stay whatever their cosine."""
+by words), so that 1 is the first of both.
+
+BM25 would put a short text with two of three words before a long one with all three: of the best RELEVANT by BM25, those that hold
+all the words come first. With a cut-off these stay whatever their cosine, and no others are there by their words.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +37,7 @@ Mode = Literal["vector", "keyword", "hybrid"]
 MODES: Final[tuple[Mode, ...]] = get_args(Mode)
 MAX_WEIGHT: Final = 10.0
 RELEVANT: Final = 100
-"""What is sorted by a field where no cut-off says what is relevant, and the least that each side brings to a fusion."""
+"""What is sorted by a field where no cut-off says what is relevant, and the least that is looked at by words, or of both sides."""
 _RRF: Final = 60
 _FOLDED: Final = 2_000
 _SORTED: Final = 10_000
@@ -212,7 +216,7 @@ def _above(parts: Sequence[Sequence[Hit]], above: Mapping[Modality, float], opti
 
     A modality without a threshold has no hits.
     """
-    hits = [replace(hit, scores={"vector": hit.score}) for part in parts for hit in part]
+    hits = [hit for part in parts for hit in part]
     if options.cutoff is None:
         return _Pool(hits, len(hits) < depth)
 
@@ -228,15 +232,18 @@ def _above(parts: Sequence[Sequence[Hit]], above: Mapping[Modality, float], opti
 
 
 def _by_words(index: Index, query: Query, options: SearchOptions, depth: int) -> _Pool:
-    """With a cut-off those that hold all the words, of which one is enough otherwise."""
+    """Of the best by BM25 those that hold all the words come first; with a cut-off there are no others."""
     if not query.text:
         return _Pool([], whole=True)
+    depth = max(RELEVANT, depth)
     hits = index.search_keywords(query.text, depth, where=options.filter, modality=query.target)
-    whole = len(hits) < depth
-    if options.cutoff is not None:
-        words = parse_words(query.text)
-        hits = [hit for hit in hits if _holds_all(hit, (*words.required, *words.wanted))]
-    return _Pool([replace(hit, scores={"keyword": hit.score}) for hit in hits], whole)
+    words, whole = parse_words(query.text), len(hits) < depth
+    if len(words.wanted) > 1 or (words.wanted and words.required):
+        split: tuple[list[Hit], list[Hit]] = ([], [])
+        for hit in hits:
+            split[not _holds_all(hit, words.wanted)].append(hit)
+        hits = split[0] if options.cutoff is not None else split[0] + split[1]
+    return _Pool(hits, whole)
 
 
 def _holds_all(hit: Hit, terms: Sequence[Term]) -> bool:
@@ -245,14 +252,17 @@ def _holds_all(hit: Hit, terms: Sequence[Term]) -> bool:
 
 
 def _fused(vectors: _Pool, words: _Pool, weight: float) -> _Pool:
-    fused: dict[str, Hit] = {}
-    for pool, share in ((vectors, 1 - weight), (words, weight)):
+    hits: dict[str, Hit] = {}
+    fused: dict[str, float] = {}
+    scores: dict[str, dict[str, float]] = {}
+    for name, pool, share in (("vector", vectors, 1 - weight), ("keyword", words, weight)):
         for rank, hit in enumerate(pool.hits if share else (), start=1):
-            before = fused.get(hit.id, replace(hit, score=0.0))
-            score = before.score + share * (_RRF + 1) / (_RRF + rank)
-            fused[hit.id] = replace(before, score=score, scores={**before.scores, **hit.scores})
-    ordered = sorted(fused.values(), key=lambda hit: (-hit.score, hit.id))
-    return _Pool(ordered, vectors.whole and words.whole, vectors.cut)
+            hits.setdefault(hit.id, hit)
+            fused[hit.id] = fused.get(hit.id, 0.0) + share * (_RRF + 1) / (_RRF + rank)
+            scores.setdefault(hit.id, {})[name] = hit.score
+    ordered = sorted(hits, key=lambda id: (-fused[id], id))
+    whole = vectors.whole and words.whole
+    return _Pool([replace(hits[id], score=fused[id], scores=scores[id]) for id in ordered], whole, vectors.cut)
 
 
 # Pages
@@ -280,10 +290,14 @@ def _page(index: Index, each: EncodedQuery, pool: _Pool, options: SearchOptions,
         hits = _sorted(hits, options.sort)
     more = len(hits) > end or not (pool.whole or best_alone)
     covered = [id for hit in hits[:end] for id in (hit.id, *hit.similar)]
-    ranked = [replace(hit, rank=cursor.rank + rank) for rank, hit in enumerate(hits[:end], start=1)]
+    ranked = [replace(hit, rank=cursor.rank + rank, scores=_scores(hit, options)) for rank, hit in enumerate(hits[:end], start=1)]
     return HitPage(
         tuple(ranked[options.offset :]), cursor.past(covered, len(ranked)).write() if more else None, pool.cut, seconds
     )
+
+
+def _scores(hit: Hit, options: SearchOptions) -> dict[str, float]:
+    return dict(hit.scores) if options.mode == "hybrid" else {options.mode: hit.score, **hit.scores}
 
 
 def _sorted(hits: Sequence[Hit], sort: str) -> list[Hit]:

@@ -200,6 +200,15 @@ def train(args: argparse.Namespace) -> int:
     return 0
 
 
+def mine(args: argparse.Namespace) -> int:
+    if not args.data.is_dir():
+        raise InputError(f"data folder {args.data} does not exist; give a folder in M-BEIR's layout")
+    from traceir.evaluation.mine import mine
+
+    print(mine(load_encoder(args), args.data, args.out, k=args.k, limit=args.limit, seed=args.seed, progress=shows_progress()))
+    return 0
+
+
 def _train_before(preset: str, settings: list[str]) -> None:
     """Trains the presets whose checkpoints this one starts from, where they are not there."""
     from traceir.lab.mini_presets import resolve, stages_before

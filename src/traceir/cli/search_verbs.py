@@ -171,12 +171,12 @@ def _result_as_json(result: SearchResult, note: str | None) -> dict[str, Any]:
 
 
 def _result_as_text(result: SearchResult) -> str:
-    from traceir.lab.gallery import cost, reasoning_steps
-
     spent = 1000 * (result.seconds.encode + result.seconds.search + result.seconds.rerank)
     if result.encoding is None:
         lines = [f"mode       keyword ({spent:.0f} ms)"]
     else:
+        from traceir.lab.gallery import cost, reasoning_steps
+
         lines = [f"route      {result.encoding.route} ({cost(result.encoding)}, {spent:.0f} ms)"]
         for number, step in enumerate(reasoning_steps(result.encoding.reasoning)):
             lines.append(f"{'' if number else 'reasoning':9}  {step}")

@@ -45,6 +45,8 @@ def copy(source: Index, target: Index, *, batch: int = 500, progress: bool = Tru
             bar.update(len(page))
     if (background := source.background()) is not None:
         target.keep_background(background)
+    if (roots := source.note("roots")) is not None:  # of the folders it is kept in step with
+        target.keep_note("roots", roots)
     return written
 
 

@@ -185,6 +185,40 @@ def map_leaves(where: Filter, change: Callable[[Leaf], Filter]) -> Filter:
     return Not(parts[0]) if isinstance(where, Not) else And(parts) if isinstance(where, And) else Or(parts)
 
 
+def ranges_of(where: Filter) -> tuple[str, dict[Kind, Range]] | None:
+    """The field and, by kind, the bounds of a filter that is a Range, or an Or of one for each of several kinds; or None."""
+    parts = where.parts if isinstance(where, Or) else (where,)
+    ranges = [part for part in parts if isinstance(part, Range)]
+    by_kind = {kind_of(own.bounds()[0][0]): own for own in ranges}
+    is_one = ranges and len({own.name for own in ranges}) == 1 and len(by_kind) == len(parts)
+    return (ranges[0].name, by_kind) if is_one else None
+
+
+def merge_ranges(where: Filter | None) -> Filter | None:
+    """The same; parts of an And that bound one field are one part, as in `date>=2024-05 and date<2024-08`."""
+    if not isinstance(where, And):
+        return where
+    merged: dict[str, dict[Kind, Range]] = {}
+    others: list[Filter] = []
+    for part in where.parts:
+        if (bounded := ranges_of(part)) is None:
+            others.append(part)
+        else:
+            name, ranges = bounded
+            there = merged.get(name, ranges)
+            merged[name] = {kind: _both(own, there[kind]) for kind, own in ranges.items() if kind in there}
+    return And(
+        [*(Or(ranges.values()) if len(ranges) != 1 else next(iter(ranges.values())) for ranges in merged.values()), *others]
+    )
+
+
+def _both(first: Range, second: Range) -> Range:
+    """What both let pass; their bounds are of one kind."""
+    names = (("low", max), ("high", min), ("above", max), ("below", min))
+    pairs = {name: [own for side in (first, second) if (own := getattr(side, name)) is not None] for name, _ in names}
+    return Range(first.name, **{name: choose(pairs[name]) for name, choose in names if pairs[name]})
+
+
 def wanted_by_kind(leaf: Eq | In) -> dict[Kind, list[Scalar]]:
     """The values that match, by their kind."""
     wanted: dict[Kind, list[Scalar]] = {}

@@ -32,11 +32,27 @@ import numpy as np
 from traceir.errors import InputError, StoreError
 from traceir.index import milvus_rows, store
 from traceir.index.filter_text import as_filter
-from traceir.index.filters import Filter, Where, matches
-from traceir.index.milvus_rows import KEPT, KEY, VECTOR, compile_filter, filter_columns, key_of, keys_in, stored_of, vector_of
-from traceir.index.pages import Page
+from traceir.index.filters import Filter, Where, matches, values_of
+from traceir.index.milvus_rows import (
+    BM25,
+    KEPT,
+    KEY,
+    VECTOR,
+    WORDS,
+    as_milvus_words,
+    column_of,
+    compile_filter,
+    filter_columns,
+    key_of,
+    keys_in,
+    list_column_of,
+    resolve_globs,
+    stored_of,
+    vector_of,
+)
+from traceir.index.pages import Page, order_page, position_of
 from traceir.index.store import Background, CheckedIndex, IndexInfo, IndexMeta, Opening, OpenOptions, Stored, Vectors
-from traceir.index.words import KeywordQuery
+from traceir.index.words import KeywordQuery, columns_of
 from traceir.items import MODALITIES, Hit, Item, Modality, Vector
 
 T = TypeVar("T")
@@ -45,7 +61,9 @@ MOST_HITS: Final = 16_384  # the most that Milvus returns for a query
 EFFORT: Final = 128  # candidates that a search in a graph keeps, at least
 GRAPHS: Final[dict[Modality, str]] = {"text": "_near_text", "image": "_near_image", "image,text": "_near_both"}
 BACKGROUND: Final = "_background"
+MOST_SORTED: Final = 100_000
 _NAME: Final = "traceir"
+_NOTE: Final = "traceir_note_"
 _PAGE: Final = 1000
 _GRAPH: Final = {"M": 16, "efConstruction": 200}
 _PROPERTY: Final = "traceir"
@@ -105,6 +123,7 @@ class MilvusIndex(CheckedIndex):
                 if not self._has(self._name):
                     self._create_items()
                 self._meta = self._read_meta()
+                self._has_words = WORDS in {own["name"] for own in self._call("describe_collection", self._name)["fields"]}
                 self._meta.check(self._shown, self._opening)
                 self._numpy_type = np.float16 if self._meta.dtype == "float16" else np.float32
                 # Rows with vectors in a request or an answer.
@@ -143,15 +162,18 @@ class MilvusIndex(CheckedIndex):
                 # A graph holds what rows are found and filtered by, not what is shown of them.
                 own = [row for row in rows if row["modality"] == modality]
                 if own:
-                    self._upsert(name, [{key: value for key, value in row.items() if key not in KEPT} for row in own])
+                    self._upsert(name, [{key: value for key, value in row.items() if key not in (*KEPT, WORDS)} for row in own])
+            if not self._has_words:
+                rows = [{key: value for key, value in row.items() if key != WORDS} for row in rows]
             self._upsert(self._name, rows)
             self._wrote()
         return {milvus_rows.id_of(key) for key in keys if key not in known}
 
     def delete(self, which: Sequence[str] | Filter) -> int:
         """As `Index.delete`; more than 1000 items go in several requests."""
-        passing = _keys_by_page(map(key_of, store.check_ids(which))) if isinstance(which, Sequence) else [compile_filter(which)]
+        which = store.check_ids(which) if isinstance(which, Sequence) else which
         with self._writing, self._explained("delete from it"):
+            passing = _keys_by_page(map(key_of, which)) if isinstance(which, list) else [self._compile(as_filter(which))]
             keys = self._keys(passing)
             for part in _pages(keys, _PAGE):
                 for name in (self._name, *self._graphs().values()):
@@ -185,14 +207,14 @@ class MilvusIndex(CheckedIndex):
 
     def _find(self, queries: Vectors, k: int, where: Filter | None, modality: Modality | None, exact: bool) -> list[list[Hit]]:
         """Where the graphs find few rows, as under a filter that few pass, a query is searched exactly."""
-        passing = compile_filter(where)
-        expression = " and ".join(part for part in (passing, _of_modality(modality) if modality else "") if part)
 
         def passes(row: Stored) -> bool:
             """Also now: a row may have been replaced since it was found."""
             return modality in (None, row.modality) and (where is None or matches(where, row.id, row.modality, row.fields))
 
         with self._explained("search it"):
+            passing = self._compile(where)
+            expression = _joined(passing, _of_modality(modality) if modality else "")
             if exact:
                 return self._search([self._name], queries, k, expression, passes)[0]
             if not (graphs := self._graphs()):
@@ -212,11 +234,11 @@ class MilvusIndex(CheckedIndex):
 
     def count(self, where: Where = None) -> int:
         with self._explained("count in it"):
-            return self._count(compile_filter(as_filter(where)))
+            return self._count(self._compile(as_filter(where)))
 
     def scan(self, where: Where = None, *, with_vectors: bool = False) -> Iterator[Stored]:
         with self._explained("read it"):
-            yield from map(stored_of, self._rows(compile_filter(as_filter(where)), _columns(with_vectors)))
+            yield from map(stored_of, self._rows(self._compile(as_filter(where)), _columns(with_vectors)))
 
     def info(self) -> IndexInfo:
         """As `Index.info`; `cells` is the number of graphs, `probes` their effort; `bytes` is 0 on a server."""
@@ -260,16 +282,56 @@ class MilvusIndex(CheckedIndex):
         return Background(vectors, source, created) if whole else None
 
     def _find_words(self, words: KeywordQuery, k: int, where: Filter | None, modality: Modality | None) -> list[Hit]:
-        raise NotImplementedError
+        """BM25 is Milvus's, over text, name and fields alike; phrases and -words are looked up in what it finds."""
+        if not self._has_words:
+            what = f"index {self._shown} was made before there was keyword search on Milvus"
+            raise StoreError(f"{what}; copy it into a new one with `traceir index copy`, and use that")
+        if any(term.is_prefix for term in (*words.wanted, *words.required, *words.without)):
+            raise InputError(
+                "Milvus finds whole words, not the beginnings of words; leave out the *, or use an index in a folder"
+            )
+        terms = (*words.required, *words.wanted)
+        query = as_milvus_words(dict.fromkeys(word for term in terms for word in term.words))
+        options: dict[str, Any] = {"anns_field": BM25, "search_params": {"metric_type": "BM25"}, "output_fields": [KEY]}
+        with self._explained("search words in it"):
+            options["filter"] = _joined(self._compile(where), _of_modality(modality) if modality else "")
+            limit = min(MOST_HITS, k + 16)
+            while True:
+                (answer,) = self._call("search", self._name, data=[query], limit=limit, **options)
+                scores = {hit[KEY]: abs(float(hit["distance"])) for hit in answer}  # Milvus Lite says how far away
+                rows = self._fetch(scores)
+                kept = [key for key, row in rows.items() if words.allows(columns_of(row.id, row.text, row.fields))]
+                if len(kept) >= k or len(answer) < limit or limit == MOST_HITS:
+                    break
+                limit = min(MOST_HITS, 4 * limit)
+        best = sorted(kept, key=lambda key: (-scores[key], key))[:k]
+        return [rows[key].hit(scores[key], rank) for rank, key in enumerate(best, start=1)]
 
     def _page_of(self, where: Filter | None, page: Page) -> list[Stored]:
-        raise NotImplementedError
+        """In order of id Milvus goes on behind the last item; for any other order the places of up to MOST_SORTED are read."""
+        with self._explained("browse it"):
+            expression = self._compile(where)
+            if page.name == "id" and not page.descending:
+                behind = "" if page.after is None else f'({KEY} > "{key_of(page.after[1])}")'
+                rows = self._rows(_joined(expression, behind), _columns(False), size=min(_PAGE, page.limit))
+                return [stored_of(row) for row in itertools.islice(rows, page.limit)]
+            if (count := self._count(expression)) > MOST_SORTED:
+                what = f"{count} items are to be sorted by {page.name!r}, more than the {MOST_SORTED} that are sorted on Milvus"
+                raise InputError(f"{what}; narrow the filter, sort by id, or use an index in a folder")
+            places = (position_of(stored_of(row), page.name) for row in self._rows(expression, _columns(False)))
+            keys = [key_of(id) for _, id in order_page(places, page)]
+            found = self._fetch(keys)
+            return [found[key] for key in keys if key in found]
 
     def _keep_note(self, name: str, value: str) -> None:
-        raise NotImplementedError
+        with self._writing, self._explained("keep a note in it"):
+            self._call("alter_collection_properties", self._name, properties={f"{_NOTE}{name}": value})
 
     def note(self, name: str) -> str | None:
-        raise NotImplementedError
+        with self._explained("read a note in it"):
+            kept = self._call("describe_collection", self._name).get("properties") or {}
+        value = kept.get(_NOTE + store.check_note(name))
+        return None if value is None else str(value)
 
     def version(self) -> str:
         """As `Index.version`; what other processes replace is noticed once the number of items changes."""
@@ -329,6 +391,21 @@ class MilvusIndex(CheckedIndex):
         named = {modality: self._name + ending for modality, ending in GRAPHS.items()}
         return {modality: name for modality, name in named.items() if name in there and self._client.list_indexes(name)}
 
+    def _compile(self, where: Filter | None) -> str:
+        """A filter as an expression; for a Glob the values that are there are read."""
+
+        def texts_of(name: str, in_lists: bool) -> Iterator[str]:
+            if name == "id":
+                yield from map(milvus_rows.id_of, self._keys([""]))
+            elif name == "modality":
+                yield from MODALITIES
+            else:
+                columns = (list_column_of(name, ""), *(() if in_lists else (column_of(name, ""),)))
+                for row in self._rows(" or ".join(f"(exists {column})" for column in columns), _columns(False)):
+                    yield from (part for part in values_of(stored_of(row).fields.get(name)) if isinstance(part, str))
+
+        return compile_filter(resolve_globs(where, texts_of))
+
     def _count(self, expression: str) -> int:
         return int(self._query(expression, ["count(*)"])[0]["count(*)"])
 
@@ -344,9 +421,9 @@ class MilvusIndex(CheckedIndex):
         """The keys of the rows that pass any of these; also of damaged ones."""
         return [row[KEY] for expression in expressions for row in self._rows(expression, [KEY])]
 
-    def _rows(self, expression: str, columns: Sequence[str], name: str = "") -> Iterator[Any]:
+    def _rows(self, expression: str, columns: Sequence[str], name: str = "", size: int = _PAGE) -> Iterator[Any]:
         """Rows in order of their keys, which is that of their ids."""
-        size = self._page if VECTOR in columns else _PAGE
+        size = self._page if VECTOR in columns else size
         options: dict[str, Any] = {"batch_size": size, "filter": expression, "output_fields": list(columns)}
         pages = self._call("query_iterator", name or self._name, **options)
         try:
@@ -407,15 +484,22 @@ class MilvusIndex(CheckedIndex):
 
     def _create(self, name: str, columns: Sequence[str], described: str | None) -> None:
         """A collection with a FLAT index that describes itself, or without both, to become a graph."""
-        from pymilvus import DataType
+        from pymilvus import DataType, Function, FunctionType
 
         schema = self._client.create_schema(auto_id=False, enable_dynamic_field=True)
         schema.add_field(KEY, DataType.VARCHAR, is_primary=True, max_length=milvus_rows.MAX_KEY_CHARS)
         for column in columns:
             schema.add_field(column, DataType.VARCHAR, max_length=milvus_rows.MAX_VARCHAR_BYTES)
+        index = self._index("FLAT", {})
+        if columns:  # a version without keyword search adds no words, which is why there is a default
+            words = {"enable_analyzer": True, "analyzer_params": {"tokenizer": "standard"}, "default_value": ""}
+            schema.add_field(WORDS, DataType.VARCHAR, max_length=milvus_rows.MAX_VARCHAR_BYTES, **words)
+            schema.add_field(BM25, DataType.SPARSE_FLOAT_VECTOR)
+            schema.add_function(Function(BM25, FunctionType.BM25, input_field_names=[WORDS], output_field_names=[BM25]))
+            index.add_index(BM25, index_type="SPARSE_INVERTED_INDEX", metric_type="BM25", params={})
         kind = DataType.FLOAT16_VECTOR if self._meta.dtype == "float16" else DataType.FLOAT_VECTOR
         schema.add_field(VECTOR, kind, dim=self._meta.dim)
-        flat = {"index_params": self._index("FLAT", {}), "properties": {_PROPERTY: described}} if described else {}
+        flat = {"index_params": index, "properties": {_PROPERTY: described}} if described else {}
         # One shard, so that one call is one entry of the log, all or none.
         options: dict[str, Any] = {"consistency_level": "Strong", "num_shards": 1, "timeout": _CALL_SECONDS, **flat}
         self._call("create_collection", name, schema=schema, **options)
@@ -486,6 +570,10 @@ def _connect(address: MilvusAddress, opening: Opening) -> Any:
 def _first_line(error: Exception) -> str:
     text = str(getattr(error, "message", "") or error).strip()
     return text.splitlines()[0][:300] if text else type(error).__name__
+
+
+def _joined(*parts: str) -> str:
+    return " and ".join(f"({part})" for part in parts if part)
 
 
 def _columns(with_vectors: bool) -> list[str]:

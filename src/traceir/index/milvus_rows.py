@@ -8,10 +8,11 @@ values of a list are arrays under the letter doubled (`tt_`, `TT_`).
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Final
 
 import numpy as np
@@ -19,28 +20,37 @@ import numpy as np
 from traceir.errors import InputError
 from traceir.index import store
 from traceir.index.filters import (
+    MAX_IN_VALUES,
     OWN_NAMES,
     And,
     Filter,
     Glob,
+    In,
     Kind,
+    Leaf,
     Not,
     Or,
     Range,
     Scalar,
     Value,
+    after_all,
+    globs,
     is_list,
     kind_of,
+    map_leaves,
     matches,
     shown,
     values_of,
     wanted_by_kind,
 )
+from traceir.index.words import columns_of
 from traceir.items import MODALITIES, Item, Vector
 
 KEY: Final = "key"
 VECTOR: Final = "vector"
 KEPT: Final = ("modality", "text", "image", "fields", "content_hash")
+WORDS: Final = "words"
+BM25: Final = "bm25"
 MAX_KEY_CHARS: Final = 2 * store.MAX_ID_BYTES
 MAX_VARCHAR_BYTES: Final = 65_535
 MAX_DYNAMIC_BYTES: Final = 65_536
@@ -68,6 +78,7 @@ def row_of(item: Item, vector: Vector) -> dict[str, Any]:
         "image": store.image_of(item) or "",
         "fields": json.dumps(dict(item.fields), ensure_ascii=False),
         "content_hash": item.content_hash(),
+        WORDS: as_milvus_words(itertools.chain(*columns_of(str(item.id), item.text, item.fields))),
     }
     dynamic = filter_columns(item.fields)
     lengths = [(name, len(columns[name].encode()), MAX_VARCHAR_BYTES) for name in ("text", "image", "fields")]
@@ -129,6 +140,35 @@ def _compile(where: Filter, negated: bool) -> str:
     if isinstance(where, Glob):
         raise TypeError(f"{where} was not resolved")
     return _compile_range(where, negated) if isinstance(where, Range) else _compile_in(where.name, wanted_by_kind(where), negated)
+
+
+def as_milvus_words(words: Iterable[str]) -> str:
+    """Words as Milvus's analyzer cuts them again, those of other letters than a to z in hex; as many as Milvus keeps."""
+    text = " ".join(word if word.isascii() else f"x{word.encode().hex()}" for word in words)
+    return text if len(text) <= MAX_VARCHAR_BYTES else text[:MAX_VARCHAR_BYTES].rpartition(" ")[0]
+
+
+def resolve_globs(where: Filter | None, texts_of: Callable[[str, bool], Iterable[str]]) -> Filter | None:
+    """The same without Glob, for which Milvus has no exact counterpart.
+
+    `texts_of` gives the texts that are there under a name, or those in lists alone.
+    """
+
+    def resolve(leaf: Leaf) -> Filter:
+        if not isinstance(leaf, Glob):
+            return leaf
+        begins = Range(leaf.name, low=leaf.prefix, below=after_all(leaf.prefix))
+        is_start = leaf.pattern == f"{leaf.prefix}*"
+        if is_start and leaf.name in OWN_NAMES:
+            return begins
+        texts = {text for text in texts_of(leaf.name, is_start) if globs(leaf.pattern, text)}
+        if len(texts) > MAX_IN_VALUES:
+            what = f"filter Glob on {leaf.name!r} matches {len(texts)} different texts, and Milvus takes {MAX_IN_VALUES}"
+            raise InputError(f"{what}; narrow the pattern, or use an index in a folder")
+        among = In(leaf.name, tuple(sorted(texts)))
+        return Or((begins, among)) if is_start else among
+
+    return None if where is None else map_leaves(where, resolve)
 
 
 def keys_in(keys: Sequence[str]) -> str:

@@ -31,6 +31,7 @@ from traceir.index.filters import (
     after_all,
     is_list,
     kind_of,
+    merge_ranges,
     parts_of,
     shown,
     values_of,
@@ -202,6 +203,7 @@ def compile_filter(where: Filter | None, *, row_by_row: bool = False) -> tuple[s
     """
     if where is None:
         return "1", []
+    where = merge_ranges(where)
     if isinstance(where, Leaf):
         return _compile_leaf(where, row_by_row)
     compiled = [compile_filter(part, row_by_row=row_by_row) for part in parts_of(where)]
@@ -212,19 +214,22 @@ def compile_filter(where: Filter | None, *, row_by_row: bool = False) -> tuple[s
 
 
 def _compile_leaf(leaf: Leaf, row_by_row: bool) -> tuple[str, list[Scalar]]:
-    tests: list[tuple[Kind, str, list[Scalar]]]
+    compiled = [_compile_test(leaf, kind, test, values, row_by_row) for kind, test, values in leaf_tests(leaf)]
+    return " OR ".join(f"({test})" for test, _ in compiled) or "0", [value for _, values in compiled for value in values]
+
+
+def leaf_tests(leaf: Leaf) -> list[tuple[Kind, str, list[Scalar]]]:
+    """What a condition asks of the `value` of a field, for each kind of values that may fulfil it."""
     if isinstance(leaf, Range):
         values: list[Scalar] = [value for value, _ in leaf.bounds()]
-        tests = [(kind_of(values[0]), " AND ".join(f"value {sign} ?" for _, sign in leaf.bounds()), values)]
-    elif isinstance(leaf, Glob):
+        return [(kind_of(values[0]), " AND ".join(f"value {sign} ?" for _, sign in leaf.bounds()), values)]
+    if isinstance(leaf, Glob):
         # SQLite's own pattern also knows [sets]. The bounds, which say no more than it does, let the index of values be used.
-        first, last = leaf.prefix, after_all(leaf.prefix)
-        bounds = "value >= ?" + (" AND value < ?" if last else "")
-        tests = [("text", f"{bounds} AND value GLOB ?", [first, *([last] if last else []), leaf.pattern.replace("[", "[[]")])]
-    else:
-        tests = [(kind, f"value IN ({', '.join('?' * len(wanted))})", wanted) for kind, wanted in wanted_by_kind(leaf).items()]
-    compiled = [_compile_test(leaf, kind, test, values, row_by_row) for kind, test, values in tests]
-    return " OR ".join(f"({test})" for test, _ in compiled) or "0", [value for _, values in compiled for value in values]
+        begins = Range(leaf.name, low=leaf.prefix, below=after_all(leaf.prefix))
+        return [
+            (kind, f"{test} AND value GLOB ?", [*own, leaf.pattern.replace("[", "[[]")]) for kind, test, own in leaf_tests(begins)
+        ]
+    return [(kind, f"value IN ({', '.join('?' * len(wanted))})", wanted) for kind, wanted in wanted_by_kind(leaf).items()]
 
 
 def _compile_test(leaf: Leaf, kind: Kind, test: str, values: list[Scalar], row_by_row: bool) -> tuple[str, list[Scalar]]:

@@ -1,52 +1,95 @@
 """Pages of the SQLite file in order of a field, by walking the index of fields from where the last page ended.
 
 The primary key of the table `fields` is (name, kind, value, n), so items lie there in the order wanted, but for equal values. A
-walk takes them from there group by group of equal values, orders a group by id and drops what the filter does not pass, until the
-page is full. A large group is walked by id instead, and so are items without a value. Where a filter lets so little pass that a
-walk would look at too many rows, all that pass are gathered by the filter and sorted.
+walk takes them from there group by group of equal values, orders a group by id and drops what the filter does not pass, until
+the page is full. A large group is walked by id instead, and so are items without a value. A filter that lets few items pass is
+not walked through: all that pass are gathered by it and sorted. Few is the square root of page times items, where a walk and a
+gathering look at equally many rows; a walk that has looked at more gives up and gathers.
 """
 
 from __future__ import annotations
 
-import itertools
-import json
 import math
 import sqlite3
 from collections.abc import Iterator, Sequence
 from typing import Final
 
-from traceir.index.filters import OWN_NAMES, And, Filter, Kind, Or, Range, Scalar, kind_of
+from traceir.index.filters import (
+    OWN_NAMES,
+    And,
+    Filter,
+    Glob,
+    Kind,
+    Not,
+    Or,
+    Range,
+    Scalar,
+    after_all,
+    kind_of,
+    merge_ranges,
+    ranges_of,
+)
 from traceir.index.pages import ORDERED_KINDS, Page
-from traceir.index.sql import AMONG, compile_filter, read_number
+from traceir.index.sql import compile_filter, leaf_tests, read_number
 from traceir.items import MODALITIES
 
-_MOST_LOOKED_AT: Final = 20_000
-_FIRST_ROWS: Final = 512
 _MOST_ROWS: Final = 8_192
+"""At a time."""
+_PATIENCE: Final = 1
 _OF_ROW: Final = "SELECT 1 FROM fields f INDEXED BY fields_n WHERE f.n = i.n AND f.name = ?"
 Condition = tuple[str, Sequence[Scalar]]
+Bounds = Sequence[tuple[Scalar, str]]
 
 
 def page_numbers(connection: sqlite3.Connection, where: Filter | None, page: Page) -> list[int]:
     """The numbers of the items on a page, in its order; within a transaction."""
-    walk = _Walk(connection, where, page)
+    where = merge_ranges(where)
+    few = page.limit + math.isqrt(page.limit * read_number(connection, "SELECT max(n) FROM items"))
+    if where is not None and _count_up_to(connection, where, few) <= few:
+        return _gather(connection, where, page)
+    walk = _Walk(connection, where, page, few)
     for rows in walk.rows():
-        walk.found += rows
-        if len(walk.found) >= page.limit:
-            return walk.found[: page.limit]
-        if walk.looked_at > _MOST_LOOKED_AT + 4 * page.limit:
+        walk.numbers += rows
+        if len(walk.numbers) >= page.limit:
+            return walk.numbers[: page.limit]
+        if walk.looked_at > _PATIENCE * few:
             return _gather(connection, where, page)
-    return walk.found
+    return walk.numbers
+
+
+def _count_up_to(connection: sqlite3.Connection, where: Filter, most: int) -> int:
+    """How many items may pass at most, by looking at few; above `most` where they are more, or counting is not cheap."""
+    if isinstance(where, And | Or):
+        counts = [_count_up_to(connection, part, most) for part in where.parts]
+        return sum(counts) if isinstance(where, Or) else min(counts, default=most + 1)
+    if isinstance(where, Glob) and where.prefix:
+        where = Range(where.name, low=where.prefix, below=after_all(where.prefix))
+    if isinstance(where, Not | Glob) or where.name == "modality":
+        return most + 1
+    count = 0
+    for kind, test, values in leaf_tests(where):
+        if kind == "none":
+            return most + 1
+        if where.name == "id":
+            table, names = f"items WHERE {test.replace('value', 'id')}", list[Scalar]()
+        else:
+            table, names = f"fields WHERE name = ? AND kind = ? AND {test}", [where.name, kind]
+        if kind == "text" or where.name != "id":
+            statement = f"SELECT count(*) FROM (SELECT 1 FROM {table} LIMIT ?)"
+            count += read_number(connection, statement, [*names, *values, most + 1])
+    return count
 
 
 class _Walk:
     """One walk; `looked_at` counts the rows that it has read."""
 
-    def __init__(self, connection: sqlite3.Connection, where: Filter | None, page: Page) -> None:
-        self._connection, self._page = connection, page
+    def __init__(self, connection: sqlite3.Connection, where: Filter | None, page: Page, few: int) -> None:
+        self._connection, self._page, self._few = connection, page, few
         self._filter = compile_filter(where, row_by_row=True)
         self._bounds = _bounds_on(where, page.name)
-        self.found: list[int] = []
+        self._no_list = _no_list(connection, page.name)
+        self._most_rows = max(page.limit + 2, min(few, _MOST_ROWS))
+        self.numbers: list[int] = []
         self.looked_at = 0
 
     def rows(self) -> Iterator[list[int]]:
@@ -71,45 +114,57 @@ class _Walk:
 
     def _by_value(self, kind: Kind) -> Iterator[list[int]]:
         """The items with a value of this kind, in order of it."""
-        page, rows = self._page, _FIRST_ROWS
-        largest = max(_FIRST_ROWS, math.isqrt(page.limit * read_number(self._connection, "SELECT max(n) FROM items")))
-        first, sign = None, ">="
-        if page.after is not None and kind_of(page.after[0]) == kind:
-            first = page.after[0]
+        page, rows = self._page, self._page.limit + 2
+        last, last_id = page.after if page.after and kind_of(page.after[0]) == kind else (None, "")
+        first: Bounds = [] if last is None else [(last, "<=" if page.descending else ">=")]
         while True:
-            part = self._values(kind, first, sign, rows)
-            self.looked_at += len(part)
-            groups = {value: [n for _, n in own] for value, own in itertools.groupby(part, lambda row: row[0])}
-            is_last = len(part) < rows
-            if not is_last and len(groups) == 1 and rows <= largest:
-                rows *= 4  # more of this group
-                continue
-            if not is_last and len(groups) > 1:
-                first, sign = groups.popitem()[0], ">="  # which may go on
-            for value, numbers in groups.items():
-                after_id = page.after[1] if page.after and page.after[0] == value and kind_of(page.after[0]) == kind else None
-                if len(numbers) >= rows:
-                    condition = "EXISTS (SELECT 1 FROM fields f WHERE f.name = ? AND f.kind = ? AND f.value = ? AND f.n = i.n)"
-                    yield from self._by_id((condition, [page.name, kind, value]), after_id)
-                    first, sign = value, ">"
+            part = self._values(kind, first, rows)
+            groups: dict[Scalar, list[tuple[str, int]]] = {}
+            for value, id, n, passes in part:
+                groups.setdefault(value, []).extend([(id, n)] if passes else [])
+            is_end = len(part) < rows
+            if not is_end:  # the last group may go on
+                value = part[-1][0]
+                if len(groups) == 1 and (rows := self._count(kind, value) + 1) > self._few:
+                    no_list, names = self._no_list
+                    own = "EXISTS (SELECT 1 FROM fields f WHERE f.name = ? AND f.kind = ? AND f.value = ? AND f.n = i.n)"
+                    condition = f"{own} AND {no_list}", [page.name, kind, value, *names]
+                    yield from self._by_id(condition, last_id if value == last else None)
+                    first, rows = [(value, "<" if page.descending else ">")], page.limit + 2
+                    continue
+                first = [(value, "<=" if page.descending else ">=")]
+                if len(groups) > 1:
+                    del groups[value]
+                    rows = min(4 * rows, self._most_rows)
                 else:
-                    kept = sorted((id, n) for n, id in self._passing(numbers, self._no_list()))
-                    yield [n for id, n in kept if after_id is None or id > after_id]
-            if is_last:
+                    continue
+            for value, members in groups.items():
+                yield [n for id, n in sorted(members) if value != last or id > last_id]
+            if is_end:
                 return
-            rows = min(2 * rows, max(_MOST_ROWS, page.limit))
 
-    def _values(self, kind: Kind, first: Scalar, sign: str, rows: int) -> list[tuple[Scalar, int]]:
-        """The next values of this kind with the numbers of their items."""
-        order, sign = ("DESC", sign.replace(">", "<")) if self._page.descending else ("", sign)
-        bounds = [*((self._bounds or {}).get(kind, ())), *([(first, sign)] if first is not None else [])]
+    def _values(self, kind: Kind, first: Bounds, rows: int) -> list[tuple[Scalar, str, int, int]]:
+        """The next values of this kind; id and number of their items, and whether these pass."""
+        order = "DESC" if self._page.descending else ""
+        bounds = [*((self._bounds or {}).get(kind, ())), *first]
         test = "".join(f" AND value {own} ?" for _, own in bounds)
-        statement = f"SELECT value, n FROM fields WHERE name = ? AND kind = ?{test} ORDER BY value {order} LIMIT ?"
-        values = [self._page.name, kind, *(bound for bound, _ in bounds), rows]
-        return self._connection.execute(statement, values).fetchall()
+        (no_list, names), (condition, values) = self._no_list, self._filter
+        statement = (
+            f"SELECT v.value, i.id, v.n, ({no_list}) AND ({condition}) FROM (SELECT value, n FROM fields "
+            f"WHERE name = ? AND kind = ?{test} ORDER BY value {order} LIMIT ?) v "
+            f"CROSS JOIN items i ON i.n = v.n ORDER BY v.value {order}"
+        )
+        bound = [*names, *values, self._page.name, kind, *(value for value, _ in bounds), rows]
+        self.looked_at += rows
+        return self._connection.execute(statement, bound).fetchall()
+
+    def _count(self, kind: Kind, value: Scalar) -> int:
+        """How many have this value; hardly more than `few`."""
+        statement = "SELECT count(*) FROM (SELECT 1 FROM fields WHERE name = ? AND kind = ? AND value = ? LIMIT ?)"
+        return read_number(self._connection, statement, [self._page.name, kind, value, self._few + 1])
 
     def _without_value(self) -> Iterator[list[int]]:
-        page, has_lists = self._page, self._has_lists()
+        page, has_lists = self._page, _has_lists(self._connection, self._page.name)
         if not has_lists:
             count = read_number(self._connection, "SELECT count(*) FROM fields WHERE name = ?", [page.name])
             if count == read_number(self._connection, "SELECT count(*) FROM items"):
@@ -121,45 +176,37 @@ class _Walk:
 
     def _by_id(self, condition: Condition, after: str | None, descending: bool = False) -> Iterator[list[int]]:
         """The items that a condition holds for, in order of id."""
-        rows, sign, order = max(_FIRST_ROWS, self._page.limit), *(("<", "DESC") if descending else (">", ""))
+        rows, sign, order = self._page.limit + 2, *(("<", "DESC") if descending else (">", ""))
         while True:
-            test, values = (f"WHERE i.id {sign} ?", [after]) if after is not None else ("", [])
+            test, values = (f"WHERE id {sign} ?", [after]) if after is not None else ("", [])
             part = self._connection.execute(
-                f"SELECT i.n, i.id FROM items i {test} ORDER BY i.id {order} LIMIT ?", [*values, rows]
+                f"SELECT i.n, i.id, ({condition[0]}) AND ({self._filter[0]}) FROM (SELECT id, n FROM items {test} "
+                f"ORDER BY id {order} LIMIT ?) v CROSS JOIN items i ON i.n = v.n ORDER BY v.id {order}",
+                [*condition[1], *self._filter[1], *values, rows],
             ).fetchall()
-            self.looked_at += len(part)
-            passing = {n for n, _ in self._passing([n for n, _ in part], condition)}
-            yield [n for n, _ in part if n in passing]
+            self.looked_at += rows
+            yield [n for n, _, passes in part if passes]
             if len(part) < rows:
                 return
-            after, rows = part[-1][1], min(2 * rows, max(_MOST_ROWS, self._page.limit))
-
-    def _passing(self, numbers: list[int], condition: Condition) -> list[tuple[int, str]]:
-        """Number and id of those that the filter and a condition let pass."""
-        statement = f"SELECT i.n, i.id FROM items i WHERE i.n {AMONG} AND ({condition[0]}) AND ({self._filter[0]})"
-        return self._connection.execute(statement, [json.dumps(numbers), *condition[1], *self._filter[1]]).fetchall()
-
-    def _no_list(self) -> Condition:
-        return (f"NOT EXISTS ({_OF_ROW} AND f.kind = 'list')", [self._page.name]) if self._has_lists() else ("1", ())
-
-    def _has_lists(self) -> bool:
-        statement = "SELECT EXISTS (SELECT 1 FROM fields WHERE name = ? AND kind = 'list')"
-        return bool(read_number(self._connection, statement, [self._page.name]))
+            after, rows = part[-1][1], min(4 * rows, self._most_rows)
 
 
-def _bounds_on(where: Filter | None, name: str) -> dict[Kind, list[tuple[Scalar, str]]] | None:
+def _no_list(connection: sqlite3.Connection, name: str) -> Condition:
+    """That the field is no list, which has no place in an order."""
+    return (f"NOT EXISTS ({_OF_ROW} AND f.kind = 'list')", [name]) if _has_lists(connection, name) else ("1", ())
+
+
+def _has_lists(connection: sqlite3.Connection, name: str) -> bool:
+    statement = "SELECT EXISTS (SELECT 1 FROM fields WHERE name = ? AND kind = 'list')"
+    return bool(read_number(connection, statement, [name]))
+
+
+def _bounds_on(where: Filter | None, name: str) -> dict[Kind, Bounds] | None:
     """The bounds by kind that a filter sets for a field as a whole; None where it sets none."""
-    if isinstance(where, Or) and where.parts and all(isinstance(part, Range) and part.name == name for part in where.parts):
-        by_kind = [(kind_of(part.bounds()[0][0]), part.bounds()) for part in where.parts if isinstance(part, Range)]
-        return {kind: list(bounds) for kind, bounds in by_kind} if len(dict(by_kind)) == len(by_kind) else None
-    if isinstance(where, Range) and where.name == name and name not in OWN_NAMES:
-        return {kind_of(where.bounds()[0][0]): list(where.bounds())}
-    if not isinstance(where, And):
-        return None
-    joined: dict[Kind, list[tuple[Scalar, str]]] | None = None
-    for own in filter(None, (_bounds_on(part, name) for part in where.parts)):
-        joined = own if joined is None else {kind: joined[kind] + own[kind] for kind in joined if kind in own}
-    return joined
+    for part in where.parts if isinstance(where, And) else [where] if where else []:
+        if (bounded := ranges_of(part)) and bounded[0] == name:
+            return {kind: own.bounds() for kind, own in bounded[1].items()}
+    return None
 
 
 def _gather(connection: sqlite3.Connection, where: Filter | None, page: Page) -> list[int]:
@@ -168,11 +215,9 @@ def _gather(connection: sqlite3.Connection, where: Filter | None, page: Page) ->
     condition, values = compile_filter(where)
     join, kind, value, names = "", "'text'", f"i.{page.name}", list[Scalar]()
     if page.name not in OWN_NAMES:
-        join = (
-            "LEFT JOIN fields f INDEXED BY fields_n ON f.n = i.n AND f.name = ? AND f.kind <> 'list' AND NOT EXISTS "
-            "(SELECT 1 FROM fields l INDEXED BY fields_n WHERE l.n = i.n AND l.name = ? AND l.kind = 'list')"
-        )
-        kind, value, names = "f.kind", "f.value", [page.name, page.name]
+        no_list, own = _no_list(connection, page.name)
+        join = f"LEFT JOIN fields v INDEXED BY fields_n ON v.n = i.n AND v.name = ? AND v.kind <> 'list' AND {no_list}"
+        kind, value, names = "v.kind", "v.value", [page.name, *own]
     behind, position = "1", list[Scalar]()
     if page.after is not None and page.after[0] is None:
         behind, position = f"{kind} IS NULL AND i.id > ?", [page.after[1]]

@@ -29,7 +29,7 @@ _MARKS: Final = (
     "\u0e31\u0e34-\u0e3a\u0e47-\u0e4e\u0eb1\u0eb4-\u0ebc\u0ec8-\u0ece\u102b-\u103e\u1056-\u1059\u17b4-\u17d3\u3099\u309a"
 )
 _UNSPACED: Final = re.compile(f"[{_KANA_AND_HAN}{_OTHERS}][{_MARKS}]*")
-_PART: Final = re.compile(r'(?<!\S)(-?)"([^"]*)(?:"|$)|(?<!\S)(-?)([^\s"]+)|"([^"]*)(?:"|$)|([^\s"]+)')
+_PART: Final = re.compile(r'(?<![^\s(])(-?)(?:"([^"]*)"|([^\s"]+))|([^\s"]+)')
 _QUOTES: Final = str.maketrans({"“": '"', "”": '"', "„": '"', "«": '"', "»": '"', "−": "-"})
 _DIGITS: Final = re.compile(r"(?<=[^\W\d_])(?=\d)|(?<=\d)(?=[^\W\d_])")
 _HUMPS: Final = re.compile(r"(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])")
@@ -61,9 +61,12 @@ class KeywordQuery:
     without: tuple[Term, ...]
 
     def allows(self, columns: Sequence[Sequence[str]]) -> bool:
-        """Whether the words of an item's columns hold all that is required and nothing that is not to be there."""
-        there = [any(term.is_in(words) for words in columns) for term in self.required]
-        return all(there) and not any(term.is_in(words) for term in self.without for words in columns)
+        """Whether an item with these columns of words is found."""
+
+        def has(term: Term) -> bool:
+            return any(term.is_in(words) for words in columns)
+
+        return any(map(has, self.required + self.wanted)) and all(map(has, self.required)) and not any(map(has, self.without))
 
 
 def parse_words(text: str) -> KeywordQuery:
@@ -75,8 +78,8 @@ def parse_words(text: str) -> KeywordQuery:
         raise InputError(f"the words to look for are {shown(text)}; give a text")
     wanted, required, without = list[Term](), list[Term](), list[Term]()
     for match in _PART.finditer(text.translate(_QUOTES)):
-        is_without, is_phrase = bool(match[1] or match[3]), match[2] is not None or match[5] is not None
-        part = next(own for own in (match[2], match[4], match[5], match[6]) if own is not None)
+        is_without, is_phrase = bool(match[1]), match[2] is not None
+        part = match[2] or match[3] or match[4] or ""
         for own in [part] if is_phrase or is_without else _APART.split(part):
             if words := tuple(cut_words(own)):
                 whole = Term(words, own.endswith("*") and not is_phrase)

@@ -32,7 +32,7 @@ from traceir.serve.metrics import Metrics
 from traceir.serve.page import FacetCache
 from traceir.serve.scheduler import Scheduler
 from traceir.serve.strict import read_items
-from traceir.serve.tenants import TenantIndex, TenantPresence
+from traceir.serve.tenants import TenantIndex, TenantPresence, check_name
 from traceir.serve.uploads import ImageFolder, Sources, UploadValidator, as_jpeg, image_of_item, without_paths
 from traceir.world import notice
 
@@ -112,6 +112,7 @@ class Service:
 
     def _options(self, asked: schemas.SearchIn) -> SearchOptions:
         """In a thread, since filters may be large."""
+        check_name((asked.sort or "").removeprefix("-"))
         if asked.rerank and self.reranker is None:
             raise InputError("rerank is true, but this server has no reranker; start it with `traceir serve --rerank NAME`")
         return SearchOptions(

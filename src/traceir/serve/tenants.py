@@ -43,6 +43,12 @@ def check_tenant(name: str) -> str:
     return name
 
 
+def check_name(name: str) -> None:
+    """Raises InputError for a field that the server keeps for itself."""
+    if name in OWN_FIELDS:
+        raise InputError(f"{name!r} is no field of an item; the server keeps it for itself")
+
+
 @dataclass(slots=True)
 class TenantPresence:
     """Whether an index holds items of any tenant, as far as this server knows; where not, those without one need no filter."""
@@ -104,8 +110,7 @@ class TenantIndex:
         return [replace(hit, rank=rank) for rank, hit in enumerate(hits, start=1)]
 
     def browse(self, where: Where = None, *, sort: str = "id", after: Position | None = None, limit: int) -> list[Stored]:
-        if sort.removeprefix("-") in OWN_FIELDS:
-            raise InputError(f"{sort!r} is no field of an item; the server keeps it for itself")
+        check_name(sort.removeprefix("-"))
         last = None if after is None else (after[0], self._prefix + after[1])
         return list(self._shown(self._index.browse(self._narrow(where), sort=sort, after=last, limit=limit)))
 
@@ -185,8 +190,7 @@ class TenantIndex:
 
     def _translate(self, leaf: Leaf) -> Leaf:
         """The client's condition in terms of what is stored: ids prefixed, the server's own fields refused."""
-        if leaf.name in OWN_FIELDS:
-            raise InputError(f"{leaf.name!r} is no field of an item; the server keeps it for itself")
+        check_name(leaf.name)
         if leaf.name != "id":
             return leaf
         if isinstance(leaf, Eq):

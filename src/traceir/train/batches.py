@@ -22,7 +22,7 @@ from traceir.batch import IGNORE, Batch, Layout, Processor
 from traceir.data.samples import Example, Schedule
 from traceir.errors import TrainError
 from traceir.items import Item
-from traceir.prompts import EMB, TURN_END, PromptVersion, render_candidate, render_query
+from traceir.prompts import EMB, TURN_END, PromptVersion, render_asked, render_candidate, render_offered, render_query
 
 WIDTHS: Final = 8
 """The padded width of a chunk is a multiple of this."""
@@ -46,7 +46,8 @@ class TrainBatch:
     `candidates` is empty for a pretraining task. `collision_BN` is true where a candidate is among all positives of a query
     (not only the sampled one) and so no negative of it; it covers all processes: queries by candidates, in the order of the
     ranks, all positives before all further negatives. `sizes` is (queries, further negatives) of each rank. `queried` names this
-    process's queries; `tokens` counts its supervised tokens.
+    process's queries; `tokens` counts its supervised tokens. `groups`, for a reranker alone: each row of `queries` is
+    a query and so many candidates side by side, the right one first.
     """
 
     number: int
@@ -57,6 +58,7 @@ class TrainBatch:
     sizes: tuple[tuple[int, int], ...]
     queried: tuple[str, ...]
     tokens: int
+    groups: tuple[int, ...] = ()
 
     @property
     def chunks(self) -> tuple[Chunk, ...]:
@@ -71,7 +73,8 @@ class TrainBatch:
 class TrainBatches(Dataset[TrainBatch]):
     """All batches of a run as this process sees them; decoding, tokenising and padding happen on access.
 
-    `augment` shifts images by up to so many pixels; `teach_candidates` lets candidates write (paper, Table 6).
+    `augment` shifts images by up to so many pixels; `teach_candidates` lets candidates write (paper, Table 6); `rerank` makes
+    the batches of a reranker.
     """
 
     schedule: Schedule
@@ -82,6 +85,7 @@ class TrainBatches(Dataset[TrainBatch]):
     teach_candidates: bool = False
     rank: int = 0
     world: int = 1
+    rerank: bool = False
 
     def __post_init__(self) -> None:
         check_shares(self.schedule.batch, self.world)
@@ -97,6 +101,14 @@ class TrainBatches(Dataset[TrainBatch]):
         share = len(examples) // self.world
         shares = [examples[rank * share : (rank + 1) * share] for rank in range(self.world)]
         mine, first = shares[self.rank], self.rank * share
+        queried = tuple(example.query.id or f"row {row}" for row, example in enumerate(mine))
+        if self.rerank:
+            rows = [self._shifted(self._group(example), number, 0, first + row) for row, example in enumerate(mine)]
+            collision, sizes = (
+                torch.zeros(len(examples), 0, dtype=torch.bool),
+                tuple(1 + len(example.negatives) for example in mine),
+            )
+            return TrainBatch(number, task, self.chunks(rows), (), collision, (), queried, 0, sizes)
         queries = [self._shifted(self._query(example), number, 0, first + row) for row, example in enumerate(mine)]
         offered = [(1, row, example.candidate, example.described) for row, example in enumerate(mine) if example.candidate]
         offered += [(2 + n, row, item, "") for row, example in enumerate(mine) for n, item in enumerate(example.negatives)]
@@ -110,7 +122,7 @@ class TrainBatches(Dataset[TrainBatch]):
             self.chunks(candidates),
             torch.tensor([[did in example.right for did in dids] for example in examples], dtype=torch.bool),
             tuple((len(part), sum(len(example.negatives) for example in part)) for part in shares),
-            tuple(example.query.id or f"row {row}" for row, example in enumerate(mine)),
+            queried,
             sum(int((layout.targets != IGNORE).sum()) for layout in (*queries, *candidates)),
         )
 
@@ -138,6 +150,14 @@ class TrainBatches(Dataset[TrainBatch]):
             return self.processor.lay_out(prompt, described)
         layout = self.processor.forced(prompt)
         return replace(layout, targets=np.full_like(layout.targets, IGNORE))
+
+    def _group(self, example: Example) -> Layout:
+        """The query, which is read once, and its candidates side by side, the right one first."""
+        if example.candidate is None:
+            raise TrainError("pretraining examples have no candidates to rerank; set teach=rerank, which reads pairs alone")
+        asked = self.processor.lay_out(render_asked(example.query, self.version, example.completion))
+        items = (example.candidate, *example.negatives)
+        return asked.joined(*(self.processor.lay_out(render_offered(item, self.version)) for item in items))
 
     def _shifted(self, layout: Layout, number: int, side: int, row: int) -> Layout:
         """The layout with each image moved by up to `augment` pixels, alike for any number of processes; its edge is repeated."""

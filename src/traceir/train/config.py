@@ -41,7 +41,9 @@ class TrainConfig:
     out: str
     cache: str = ""  # Folder for resized images, shared by runs on the same data; `pixels` in the run's own folder if empty.
     init: str = "random"  # `random`, or the checkpoint to start from.
-    teach: Literal["pairs", "pretraining", "both"] = "pairs"  # The TRACE objective, language-model loss on lessons/, or both.
+    teach: Literal["pairs", "pretraining", "both", "rerank"] = "pairs"
+    """The TRACE objective, language-model loss on lessons/, or both; or `rerank`: yes or no to a query and a candidate together,
+    by a softmax over each query's positive and its `negatives`, the query with what its label says it writes."""
     cot: Literal["both", "reasoning", "answer", "tagged", "none"] = "both"
     """What a complex query writes before `<|emb|>` (paper, Table 5): reasoning and answer (`both`), `reasoning`, `answer`;
     `tagged` is both and the closing tag in plain text (Table 4); `none` trains the baseline that never reasons."""
@@ -148,6 +150,10 @@ def check(config: TrainConfig) -> TrainConfig:
         raise InputError("distil and direct_ret compare with the state that predicts <|emb|>; set pooling_position=before_token")
     if config.min_pixels and config.max_pixels and config.min_pixels > config.max_pixels:
         raise InputError(f"min_pixels {config.min_pixels} is above max_pixels {config.max_pixels}; swap them")
+    if config.teach == "rerank" and config.negatives < 1:
+        raise InputError(
+            "teach=rerank needs wrong candidates: set negatives=4, and data to a folder that `traceir mine` has made"
+        )
     if config.lora_rank and config.init == "random":
         raise InputError("lora_rank adapts a checkpoint, and init is random; name one with --init")
     for name in ("temperature", "batch", "accumulate", "chunk_tokens", "learning_rate", "log_every", "save_every"):

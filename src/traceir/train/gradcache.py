@@ -20,11 +20,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from traceir.model import TraceModel
+from traceir.rerank import answer_tokens
 from traceir.train.batches import Chunk, TrainBatch
-from traceir.train.losses import distillation_loss, generation_loss, retrieval_loss
+from traceir.train.losses import distillation_loss, generation_loss, rerank_loss, retrieval_loss
 
 Context = contextlib.AbstractContextManager[Any]
 Output = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
@@ -46,16 +48,24 @@ class Objective:
 
     def total(self, losses: dict[str, float]) -> float:
         """The weighted sum of the terms that `step` returns."""
-        weights = {"gen": self.lambda_gen, "ret": self.lambda_ret, "distil": self.distil, "direct_ret": self.direct_ret}
+        weights = {
+            "gen": self.lambda_gen,
+            "ret": self.lambda_ret,
+            "distil": self.distil,
+            "direct_ret": self.direct_ret,
+            "rank": 1.0,
+        }
         return sum(weights[name] * value for name, value in losses.items() if name in weights)
 
 
 class Reader(torch.nn.Module):
     """The part of a training step that is wrapped for distribution and mixed precision: one chunk in, its states and its
-    cross-entropy out. Holds the logarithm of the temperature, which trains where it is learnt."""
+    cross-entropy out. Holds the logarithm of the temperature, which trains where it is learnt. `rerank`: a row's candidates are
+    asked for yes or no, and the differences of the two logits [R], row by row, stand for the embeddings."""
 
-    def __init__(self, model: TraceModel, temperature: float, *, learn_temperature: bool = False) -> None:
+    def __init__(self, model: TraceModel, temperature: float, *, learn_temperature: bool = False, rerank: bool = False) -> None:
         super().__init__()
+        self.answers = answer_tokens(model.processor) if rerank else None
         self.model, self.network, self.temperature = model, model.network, temperature
         self.log_temperature = torch.nn.Parameter(torch.tensor(temperature).log(), requires_grad=learn_temperature)
 
@@ -74,7 +84,12 @@ class Reader(torch.nn.Module):
             total = generation_loss(self.model.logits(hidden_BTD[supervised_BT]), batch.targets[supervised_BT])
         if touch:
             total = total + 0.0 * self.log_temperature + blank
-        return hidden_BTD[rows, batch.pooling_index], hidden_BTD[rows, first_B], total
+        pooled_BD = hidden_BTD[rows, batch.pooling_index]
+        if self.answers is not None and batch.segments is not None:
+            ends_BT = functional.pad(batch.segments[:, 1:] != batch.segments[:, :-1], (0, 1), value=True) & (batch.segments > 0)
+            yes, no = self.model.logits(hidden_BTD[ends_BT])[:, self.answers].float().unbind(1)
+            pooled_BD = yes - no
+        return pooled_BD, hidden_BTD[rows, first_B], total
 
     def _blank(self, device: torch.device) -> torch.Tensor:
         """The sum of the features of the smallest image there is, for chunks without any."""
@@ -148,15 +163,18 @@ def step(
     tokens = max(1.0, ranks.sum(torch.tensor(float(batch.tokens), device=batch.collision_BN.device)))
     outputs: list[Output] = []
     losses, gradients = dict[str, float](), list[Gradients]()
-    if batch.candidates:
+    if batch.candidates or batch.groups:
         for number in range(forwards.count):
             with torch.set_grad_enabled(not cache), forwards.synced(number):
                 outputs.append(forwards(number))
-        losses["gen"] = ranks.sum(torch.stack([output[2].detach() for output in outputs[:own]]).sum().float()) / tokens
-        terms, gradients = _at_embeddings(forwards.reader, batch, outputs, objective, ranks, share)
+        if batch.groups:
+            terms, gradients = _at_scores(batch, outputs[:own], ranks, share)
+        else:
+            losses["gen"] = ranks.sum(torch.stack([output[2].detach() for output in outputs[:own]]).sum().float()) / tokens
+            terms, gradients = _at_embeddings(forwards.reader, batch, outputs, objective, ranks, share)
         losses |= terms
         check(losses)
-    again, surrogates, entropies = cache or not batch.candidates, list[torch.Tensor](), list[torch.Tensor]()
+    again, surrogates, entropies = cache or not (batch.candidates or batch.groups), list[torch.Tensor](), list[torch.Tensor]()
     for number in range(forwards.count):
         with forwards.synced(number):
             output = forwards(number) if again else outputs[number]
@@ -173,7 +191,7 @@ def step(
                 surrogates.append(surrogate)
     if not again:
         backward(torch.stack(surrogates).sum())
-    if not batch.candidates:
+    if not (batch.candidates or batch.groups):
         losses["gen"] = ranks.sum(torch.stack(entropies[:own]).sum().float()) / tokens
         check(losses)
     return losses
@@ -240,6 +258,20 @@ def _at_embeddings(
         known, more = reader.log_temperature.grad, gradients[-1]
         reader.log_temperature.grad = more.clone() if known is None else known + more
     return losses, list(zip(gradients[0::2], gradients[1::2], strict=False))
+
+
+def _at_scores(
+    batch: TrainBatch, outputs: Sequence[Output], ranks: Distribution, share: float
+) -> tuple[dict[str, float], list[Gradients]]:
+    """The loss of a reranker over the groups of all processes, and its gradient at this process's scores."""
+    leaves = [output[0].detach().float().requires_grad_() for output in outputs]
+    groups = ranks.sum(torch.tensor(float(len(batch.groups)), device=leaves[0].device))
+    numbers = [chunk.rows.tolist() for chunk in batch.queries]
+    with torch.enable_grad(), torch.autocast(leaves[0].device.type, enabled=False):
+        parts = [torch.split(leaf, [batch.groups[row] for row in rows]) for leaf, rows in zip(leaves, numbers, strict=True)]
+        loss = rerank_loss([scores for part in parts for scores in part]) / groups
+        gradients = torch.autograd.grad(loss * share, leaves)
+    return {"rank": ranks.sum(loss.detach())}, [(gradient, None) for gradient in gradients]
 
 
 def _in_order(chunks: Sequence[Chunk], states: Sequence[torch.Tensor]) -> torch.Tensor:

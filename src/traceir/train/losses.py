@@ -1,13 +1,16 @@
 """The objective of TRACE as pure functions on tensors (paper, section 2): L = lambda_gen * L_gen + lambda_ret * L_ret.
 
 Shapes: B queries, N >= B candidates (candidate i belongs to query i, those behind are further negatives), D width, S supervised
-tokens, V vocabulary.
+tokens, V vocabulary; G queries of at most N candidates.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch.nn import functional
+from torch.nn.utils.rnn import pad_sequence
 
 
 def generation_loss(logits_SV: torch.Tensor, targets_S: torch.Tensor) -> torch.Tensor:
@@ -50,6 +53,15 @@ def retrieval_loss(
     if not symmetric:
         return forward
     return (forward + functional.cross_entropy(scores_BN[:, : len(own_B)].T, own_B)) / 2.0
+
+
+def rerank_loss(groups: Sequence[torch.Tensor]) -> torch.Tensor:
+    """L_rank: the sum over queries of the cross-entropy of a softmax over the scores of their candidates, the right one first.
+
+    Not in the paper.
+    """
+    padded = pad_sequence(list(groups), batch_first=True, padding_value=float("-inf"))
+    return functional.cross_entropy(padded, padded.new_zeros(len(groups), dtype=torch.long), reduction="sum")
 
 
 def distillation_loss(direct_BD: torch.Tensor, reasoned_BD: torch.Tensor, rows_B: torch.Tensor) -> torch.Tensor:

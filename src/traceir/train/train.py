@@ -33,6 +33,7 @@ from traceir.data.samples import Schedule, TaskData, read_pairs, read_pretrainin
 from traceir.errors import TrainError
 from traceir.files import write_whole
 from traceir.model import TraceModel, TraceSettings, load, save
+from traceir.prompts import RERANK
 from traceir.train.batches import TrainBatches, check_shares
 from traceir.train.config import REMEDY, TrainConfig, begun_in, check, claim, settled
 from traceir.train.gradcache import Reader, recomputing
@@ -149,7 +150,9 @@ class Run:
             with accelerator.main_process_first():
                 store = pixel_store(self.tasks[0].root, Path(config.cache or self.out / "pixels"), self.model.processor, names)
             self.model.processor.pixel_store = store
-        self.reader = Reader(self.model, config.temperature, learn_temperature=config.learn_temperature)
+        self.reader = Reader(
+            self.model, config.temperature, learn_temperature=config.learn_temperature, rerank=config.teach == "rerank"
+        )
 
     def batches(self) -> TrainBatches:
         config = self.config
@@ -161,6 +164,7 @@ class Run:
         return TrainBatches(
             schedule, self.model.processor, self.model.settings.prompt_version, config.chunk_tokens, config.augment,
             config.candidates != "direct", self.accelerator.process_index, self.accelerator.num_processes,
+            config.teach == "rerank",
         )  # fmt: skip
 
     def save(self, target: Path, state: dict[str, torch.Tensor] | None = None) -> None:
@@ -211,7 +215,7 @@ class Run:
 def _tasks(config: TrainConfig) -> list[TaskData]:
     root = Path(config.data)
     tasks: list[TaskData] = []
-    if config.teach != "pairs":
+    if config.teach in ("pretraining", "both"):
         tasks += read_pretraining(source_folder(root) if is_cot(root) else root)
     if config.teach != "pretraining":
         read: Any = read_cot if is_cot(root) else read_pairs
@@ -230,6 +234,7 @@ def _initial(config: TrainConfig, tasks: list[TaskData]) -> TraceModel:
         "max_reasoning_tokens": config.max_reasoning_tokens,
         "max_text_tokens": config.max_text_tokens,
         "candidates_write": config.candidates != "direct",
+        "rerank": RERANK if config.teach == "rerank" else "",
     }
     if config.init == "random":
         # The tokenizer reads everything the folder teaches, so that a pretrained model can go on with pairs.
