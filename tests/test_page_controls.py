@@ -62,7 +62,7 @@ def page(home: tuple[str, SqliteIndex], open_page: Callable[..., Any]) -> Any:
 def opened(open_page: Callable[..., Any], url: str, **how: Any) -> Any:
     """The page with all that it knows of the collection."""
     page = open_page(url, refusals=True, viewport={"width": 1280, "height": 800}, **how)
-    expect(page.locator("#facets .chip, .card[data-id]").first).to_be_visible()
+    page.locator("#facets .chip:visible, .card[data-id]:visible").first.wait_for()
     return page
 
 

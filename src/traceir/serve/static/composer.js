@@ -3,10 +3,8 @@
 import { askJson, showQueryPicture } from "./api.js";
 import { announce, button, el, find, icon, onClick, say, sayRate, toast } from "./dom.js";
 import { conditionsOf, joined, rangeOf, suggestionsFor, withRange } from "./filters.js";
-import { browses, filePicture, hitPicture, itemPicture, kindOf, makeQuery } from "./query.js";
-import { DRAGGED } from "./results.js";
+import { browses, filePicture, hitPicture, kindOf, makeQuery } from "./query.js";
 
-const CHIPS = 8;
 const RATES = [0, 0.5, 0.2, 0.1, 0.05, 0.02, 0.01, 0.005, 0.002, 0.001]; // of the cut-off; 0 is none
 const WEIGHTS = [0.25, 0.5, 1, 2]; // of a term
 const PLAIN = "Describe what you look for, or add a picture";
@@ -49,10 +47,7 @@ export class Composer {
       this.takeFiles([...event.target.files]);
       event.target.value = "";
     });
-    onClick("remove", () => {
-      this.setPicture(null);
-      find("file").focus();
-    });
+    onClick("remove", () => { this.setPicture(null); find("file").focus(); });
     document.addEventListener("paste", (event) => {
       const files = [...(event.clipboardData?.files ?? [])];
       if (!files.length || document.querySelector("dialog[open]")) return;
@@ -66,7 +61,7 @@ export class Composer {
   watchDrops() {
     const show = (shown) => { find("drop").hidden = !shown; };
     const when = (kind, act) => addEventListener(kind, (event) => {
-      if ([...(event.dataTransfer?.types ?? [])].some((type) => type === "Files" || type === DRAGGED)) act(event);
+      if (event.dataTransfer?.types.includes("Files")) act(event);
     });
     when("dragenter", () => show(true));
     when("dragleave", (event) => { if (event.target === find("drop")) show(false); });
@@ -74,12 +69,9 @@ export class Composer {
     when("drop", (event) => {
       event.preventDefault();
       show(false);
-      const id = event.dataTransfer.getData(DRAGGED);
-      if (id) this.setPicture(itemPicture(id));
-      else this.takeFiles([...event.dataTransfer.files]);
+      this.takeFiles([...event.dataTransfer.files]);
       this.text.focus();
     });
-    addEventListener("dragend", () => show(false));
   }
 
   watchControls() {
@@ -251,7 +243,6 @@ export class Composer {
   // What follows from the fields: placeholder, chips, dates.
   refresh() {
     this.text.placeholder = this.picture ? CHANGE : PLAIN;
-    for (const chip of find("chips").children) chip.ariaPressed = String(chip.textContent === this.instruction.value.trim());
     const conditions = conditionsOf(this.where);
     [find("from").value, find("to").value] = this.date ? rangeOf(conditions, this.date) : ["", ""];
     const { route, cutoff, instruction } = this.query();
@@ -298,18 +289,6 @@ export class Composer {
     if (held) find(busy ? "stop" : "go").focus();
   }
 
-  setInstructions(instructions) {
-    const suggestions = [...new Set(instructions)];
-    const toggle = (text) => {
-      this.instruction.value = this.instruction.value.trim() === text ? "" : text;
-      this.refresh();
-    };
-    find("instructions").replaceChildren(...suggestions.map((value) => el("option", { value })));
-    find("chips").replaceChildren(...suggestions.slice(0, CHIPS).map((text) => button(text, () => toggle(text), { class: "chip", dir: "auto" })));
-    find("chips").hidden = !suggestions.length;
-    this.refresh();
-  }
-
   // `facets`: of the collection. Without dates there is nothing to pick or sort by.
   setFacets(facets) {
     this.facets = facets;
@@ -336,7 +315,7 @@ export class Composer {
     this.isReady();
     const { types = {}, suffixes = [] } = config.pictures ?? {};
     find("file").accept = [...Object.keys(types), ...suffixes].join(",") || "image/*";
-    this.setInstructions(config.instructions ?? []);
+    find("instructions").replaceChildren(...(config.instructions ?? []).map((value) => el("option", { value })));
     // Rates that the background cannot tell are not offered; without a background nothing is.
     const most = Math.max(0, ...Object.values(config.cutoff?.background ?? {}));
     this.ownRate = config.cutoff?.default ?? 0;

@@ -99,7 +99,7 @@ function parentOf({ picture }) {
   if (picture.kind === "item" && picture.id === taken) return parent;
   if (samePicture(parent.query.picture, picture)) return parent.parent;
   const hits = [...parent.run.hits, ...(parent.other?.hits ?? [])];
-  return picture.kind === "item" && hits.some((hit) => hit.id === picture.id) ? parent : null; // dragged
+  return picture.kind === "item" && hits.some((hit) => hit.id === picture.id) ? parent : null; // of a hit shown
 }
 
 async function start(run) {
@@ -248,7 +248,7 @@ function drawLanding() {
   if (!counts.length) {
     showNotice("The collection is empty", el("p", {}, "Add a folder of pictures and texts with ", code(EMPTY_HELP), ", or post them to ",
       code("/items"), ". Then load this page again."));
-  } else if (config.world && config.instead.length) {
+  } else if (config.world && config.instead?.length) {
     showNotice("This model does not know your collection", el("div", {}, el("p", { dir: "auto", text: config.world }),
       el("p", { text: "Hits that mean something take a model that knows such things, for instance:" }),
       ...config.instead.map((command) => el("p", {}, code(command)))));

@@ -46,7 +46,7 @@ export function toRequest(query, { fold, cutoff, ...how }) {
   const body = { ...filled(query, ["text", "instruction", "modality", "where", "sort", "mode"]), route: query.route, ...how };
   if (cutoff !== null) body.cutoff = cutoff;
   if (fold) body.fold = true;
-  if (query.terms.length) body.terms = query.terms.map(({ weight, text, id }) => ({ weight, ...(id ? { image: { item: id } } : { text }) }));
+  if (query.terms.length && query.mode !== "keyword") body.terms = query.terms.map(({ weight, text, id }) => ({ weight, ...(id ? { image: { item: id } } : { text }) }));
   if (query.picture) body.image = query.picture.kind === "item" ? { item: query.picture.id } : { data: query.picture.data };
   return body;
 }

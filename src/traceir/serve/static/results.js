@@ -2,12 +2,11 @@
 // and all that is known of one hit, in a dialog. Arrows move among the cards of hits, Enter opens one, R takes it further.
 
 import { askJson, showPicture } from "./api.js";
-import { announce, button, el, find, fixed, icon, openDialog, plural, say, sayRate, seconds, toast } from "./dom.js";
+import { announce, button, el, find, fixed, icon, openDialog, plural, say, sayRate, toast } from "./dom.js";
 import { NOUNS } from "./query.js";
 import { PAGE, TracePanel, moves } from "./run.js";
 
 const LONGEST = 20000; // characters of a text in the dialog
-export const DRAGGED = "application/x-traceir-item";
 const TITLES = { 0: "No connection", 401: "A key is needed", 403: "This key may not search", 429: "The server is busy", 503: "The server is not ready" };
 
 // The last part of an id, which is a file's name; pages and moments of a file keep their "#...".
@@ -124,15 +123,7 @@ function compared(mine, other) {
   const kept = shared.filter((move) => move === 0).length;
   const same = first.length > 0 && first[0].id === second[0]?.id;
   return [el("b", { text: same ? "Both routes find the same first hit." : "The routes disagree on the first hit." }),
-    ` They share ${shared.length} of ${Math.max(first.length, second.length)}: ${kept} in the same place, ${shared.length - kept} moved.`,
-    costOf(...(mine.route === "reason" ? [mine, other] : [other, mine]))];
-}
-
-function costOf(reasoned, direct) {
-  if (reasoned.route === direct.route) return ` Both took the ${direct.route} route.`;
-  const more = (reasoned.trace.seconds?.encode ?? NaN) - (direct.trace.seconds?.encode ?? NaN);
-  const fresh = !reasoned.trace.cached && !direct.trace.cached && more > 0;
-  return ` Reasoning cost ${plural(reasoned.trace.tokens ?? 0, "token")}${fresh ? ` and ${seconds(more)}` : ""}.`;
+    ` They share ${shared.length} of ${Math.max(first.length, second.length)}: ${kept} in the same place, ${shared.length - kept} moved.`];
 }
 
 class Grid {
@@ -225,8 +216,7 @@ function makeCard(hit, place, actions) {
     "aria-label": `${plural(hit.similar.length, "near-duplicate")} of hit ${hit.rank}` });
   const refine = hit.image && button("now make it …", () => actions.refine(hit),
     { class: "refine", tabindex: -1, "aria-label": `Now make it … with hit ${hit.rank}` });
-  const element = el("li", { class: `card ${hit.image ? (hit.text ? "pair" : "image") : "text"}`, "data-id": hit.id,
-    draggable: hit.image ? "true" : null, on: { dragstart: (event) => event.dataTransfer?.setData(DRAGGED, hit.id) } }, opener, bar, folded, refine);
+  const element = el("li", { class: `card ${hit.image ? (hit.text ? "pair" : "image") : "text"}`, "data-id": hit.id }, opener, bar, folded, refine);
   return { element, opener, refine, folded, move, hit };
 }
 
