@@ -7,7 +7,7 @@ be left out, is a folder of emoji in M-BEIR's layout: each picture under its nam
 each query, the query is encoded once; times are medians of the search without the encoder, and their ratio to mode vector.
 
 Near-duplicates are made: each image again as JPEG, smaller, cropped, brighter, and moved a little, as a second shot is. What is
-no near-duplicate is the nearest other image of the set, for bursts any two images. """
+no near-duplicate is the nearest other image of the set, for bursts any two images."""
 
 from __future__ import annotations
 

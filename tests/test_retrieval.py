@@ -125,7 +125,10 @@ def test_both_are_fused_by_reciprocal_rank(searcher: Searcher) -> None:
     assert ids(searcher.search("cup", mode="hybrid", keyword_weight=0)) == ["a", "b", "c"]
     assert ids(searcher.search("cup", mode="hybrid", keyword_weight=1)) == by_words
     image = Query.of(image=image_of(1))
-    assert ids(searcher.search(image, mode="hybrid")) == ids(searcher.search(image)), "without words the vector decides"
+    for wordless in (image, Query.of(text="!!!")):
+        assert ids(searcher.search(wordless, mode="hybrid")) == ids(searcher.search(wordless)), "the vector decides"
+    shelf(searcher.index, {"d": 0, "e": 0}, d="red hat", e="a red hat beside a blue cup of tea on a wooden table")
+    assert ids(searcher.search("red hat cup", mode="keyword"))[0] == "e", "it holds all the words"
 
 
 def test_with_a_cutoff_hits_by_all_words_stay(searcher: Searcher) -> None:

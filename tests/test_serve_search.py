@@ -129,7 +129,13 @@ def test_items_are_paged_in_order_of_a_field(served: tuple[str, Searcher], http:
                     break
             assert ended == wanted
         assert [kept.id for kept in client.items(after="t21x")] == ["t22", "t23"], "an id that is not there is a place too"
-        for asked in ({"sort": "_stat"}, {"where": "_file=x"}, {"where": "date>"}, {"sort": "date", "after": "t01"}):
+        for asked in (
+            {"sort": "_stat"},
+            {"where": "_file=x"},
+            {"where": "date>"},
+            {"sort": "date", "after": "t01"},
+            {"sort": "date", "after": '"ab"'},
+        ):
             assert http.get("/items", params=asked).status_code == 400, asked
         with pytest.raises(InputError, match="cannot be read"):
             list(client.items(where="("))

@@ -5,8 +5,8 @@ under the best of them, the first few may be reranked, and what is relevant may 
 reciprocal rank (Cormack, Clarke and Buettcher 2009): a hit scores (1 - w) 61 / (60 + its rank by vectors) + w 61 / (60 + its rank
 by words), so that 1 is the first of both.
 
-BM25 would put a short text with two of three words before a long one with all three: of the best RELEVANT by BM25, those that hold
-all the words come first. With a cut-off these stay whatever their cosine, and no others are there by their words.
+BM25 would put a short text with two of three words before a long one with all three: of the best RELEVANT by BM25, those that
+hold all the words come first. With a cut-off these stay whatever their cosine, and no others are there by their words.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ Mode = Literal["vector", "keyword", "hybrid"]
 MODES: Final[tuple[Mode, ...]] = get_args(Mode)
 MAX_WEIGHT: Final = 10.0
 RELEVANT: Final = 100
-"""What is sorted by a field where no cut-off says what is relevant, and the least that is looked at by words, or of both sides."""
+"""What is sorted by a field where no cut-off says what is relevant; the least that is looked at by words, or of both sides."""
 _RRF: Final = 60
 _FOLDED: Final = 2_000
 _SORTED: Final = 10_000
@@ -233,11 +233,15 @@ def _above(parts: Sequence[Sequence[Hit]], above: Mapping[Modality, float], opti
 
 def _by_words(index: Index, query: Query, options: SearchOptions, depth: int) -> _Pool:
     """Of the best by BM25 those that hold all the words come first; with a cut-off there are no others."""
-    if not query.text:
-        return _Pool([], whole=True)
+    try:
+        words = parse_words(query.text)
+    except InputError:
+        if options.mode == "keyword":
+            raise
+        return _Pool([], whole=True)  # an image, or "!!!": the vector alone decides
     depth = max(RELEVANT, depth)
     hits = index.search_keywords(query.text, depth, where=options.filter, modality=query.target)
-    words, whole = parse_words(query.text), len(hits) < depth
+    whole = len(hits) < depth
     if len(words.wanted) > 1 or (words.wanted and words.required):
         split: tuple[list[Hit], list[Hit]] = ([], [])
         for hit in hits:

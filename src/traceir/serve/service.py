@@ -459,9 +459,9 @@ def _position(sort: str, after: str) -> Position:
     if sort in _BY_ID:
         return None, after
     try:
-        value, id = json.loads(after)
+        value, id = list(json.loads(after)) if after.startswith("[") else []
         return value, id
-    except (ValueError, TypeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(
             f"after {after[:80]!r} is no end of a page sorted by {sort[:80]!r}; give what the page said is `next`"
         ) from error
