@@ -1,9 +1,10 @@
 """The images of the page in docs/: `python -m benchmarks.screenshots --pictures FOLDER [FOLDER ...]`.
 
-Two servers, driven in Chromium. The demonstration's: a search with an image and two edits beside the route without reasoning
-(page-compare.png). And one over 2,000 of the pictures below the folders, as somebody's own: as it begins, a search that is
-filtered, details, dark and narrow. Its encoder stands in for a large one: it knows the words of a file's name and the colours of
-a picture; dates, cameras and bursts are drawn (seed 0). `--all FOLDER` keeps every view there, to look at; docs/ gets three.
+Two servers, driven in Chromium. The demonstration's: a search with an image and two edits (page.png), and beside it the route
+without reasoning (page-compare.png). And one over 2,000 of the pictures below the folders, as somebody's own: as it begins, a
+search that is filtered (page-pictures.png), details, dark and narrow (page-dark-narrow.png). Its encoder stands in for a large
+one: it knows the words of a file's name and the colours of a picture; dates, cameras and bursts are drawn (seed 0). `--all
+FOLDER` keeps every view there, to look at.
 Needs the extra `dev` and a `chromium` on the PATH.
 """
 
@@ -49,7 +50,7 @@ NARROW: dict[str, Any] = {"viewport": {"width": 390, "height": 844}, "color_sche
 class NameEncoder:
     """Vectors of the words in a file's name, or of a text, and of the colours of a picture."""
 
-    fingerprint, prompt_version, width = "names-and-colours", "none", 1024 + 64
+    fingerprint, prompt_version, width = "names-and-colours", "none", 4096 + 64
 
     def encode_queries(self, queries: Sequence[Query], *, route: Route = "auto") -> list[Encoding]:
         return [self._encode(query) for query in queries]
@@ -62,13 +63,13 @@ class NameEncoder:
         names = [re.sub(r"_\d+$", "", Path(image.path or image.name or "").stem) for image in content.images]
         for word in re.findall(r"[^\W\d_]+", f"{content.text} {' '.join(names)}".lower()):
             for piece in (word, *(word[at : at + 4] for at in range(len(word) - 3))):
-                place = int.from_bytes(hashlib.sha256(piece.encode()).digest()[:4], "little") % 1024
+                place = int.from_bytes(hashlib.sha256(piece.encode()).digest()[:4], "little") % 4096
                 vector[place] += 3.0 if piece == word else 1.0
         vector /= np.linalg.norm(vector) or 1.0
         for image in content.images:
             colours = np.asarray(image.load(shrink_to=64).convert("RGB").resize((32, 32))) // 64
             counts = np.bincount((colours.reshape(-1, 3) @ [16, 4, 1]).ravel(), minlength=64)
-            vector[1024:] += 0.9 * counts / np.linalg.norm(counts)
+            vector[4096:] += 0.9 * counts / np.linalg.norm(counts)
         unit: Vector = (vector / (np.linalg.norm(vector) or 1.0)).astype(np.float32)
         return Encoding(unit, "direct", "", 0, 1.0, False)
 
@@ -180,13 +181,13 @@ def look_around(browser: Any, url: str, name: str, how: dict[str, Any], views: V
     page.locator("#where").press("Enter")
     expect(page.locator("#where-error")).to_be_visible()
     views.keep(page, f"{name}-error")
-    page.locator("#where").fill("date>=2020 and not camera=Pixel 8")
+    page.locator("#where").fill("date>=2019-06 and width>=500")
     page.locator("#where").press("Enter")
     page.locator("#term").fill("snow")
     page.locator("#less-of").click()
     page.locator("#open-panel").click()
     expect(page.locator("#on li")).to_have_count(3)
-    views.keep(page, f"{name}-filtered", {"light": "page.png", "narrow": "page-dark-narrow.png"}.get(name))
+    views.keep(page, f"{name}-filtered", {"light": "page-pictures.png", "narrow": "page-dark-narrow.png"}.get(name))
     page.locator(".opener").first.click()
     expect(page.locator(".near button").first).to_be_visible()
     views.keep(page, f"{name}-details")
@@ -219,7 +220,7 @@ def compare_routes(browser: Any, work: Path, views: Views) -> None:
         page.locator("#text").press("Enter")
         expect(page.locator(".trace")).to_have_attribute("data-status", "done", timeout=60_000)
         expect(page.locator(".trace .total")).to_have_text(re.compile("tokens"))
-        views.keep(page, "demo-hits")
+        views.keep(page, "demo-hits", "page.png")
         page.get_by_role("button", name="Compare without reasoning").click()
         expect(page.locator(".trace").nth(1)).to_have_attribute("data-status", "done")
         views.keep(page, "demo-compare", "page-compare.png", whole=True)

@@ -84,6 +84,9 @@ def filtered(page: Any, where: str) -> None:
 
 
 def test_what_a_collection_suggests_leads_into_it_and_back(page: Any) -> None:
+    page.set_viewport_size({"width": 390, "height": 844})
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    page.set_viewport_size({"width": 1280, "height": 800})
     newest = page.locator("#shelf button").evaluate_all("all => all.map((one) => one.title)")
     assert newest[:2] == ["home/IMG_059.png", "trip/IMG_058.png"]
     headings = page.locator("#facets h3").all_inner_texts()

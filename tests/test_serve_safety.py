@@ -599,6 +599,7 @@ def test_each_tenant_sees_what_it_would_see_in_an_index_of_its_own(tmp_path_fact
             for where in FILTERS:
                 assert list(view.scan(where)) == list(alone.scan(where)) and view.count(where) == alone.count(where)
                 assert view.search(query, 5, where=where) == alone.search(query, 5, where=where)
+                assert view.facets(where, limit=3) == alone.facets(where, limit=3)
                 for sort in ("id", "-id", "n", "-n"):
                     assert view.browse(where, sort=sort, limit=9) == alone.browse(where, sort=sort, limit=9)
                     [first] = view.browse(where, sort=sort, limit=1) or [None]

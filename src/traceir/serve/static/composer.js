@@ -138,10 +138,7 @@ export class Composer {
     say(find("where-error"), message.replace(/^where: /, ""));
   }
 
-  setTerms(terms) {
-    this.terms = terms;
-    this.applied();
-  }
+  setTerms(terms) { this.terms = terms; this.applied(); }
 
   // The first picture among files that came together, sent as it is: what is searched with must be what was given.
   async takeFiles(files) {
