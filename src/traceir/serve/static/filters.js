@@ -20,16 +20,17 @@ export function conditionsOf(text) {
 
 export const joined = (conditions) => [...new Set(conditions)].map((one, _, all) => (all.length > 1 && needsBraces(one) ? `(${one})` : one)).join(" and ");
 
-const needsBraces = (text) => conditionsOf(text.replace(/\sor\s/gi, " and ")).length > 1 && !/^\(.*\)$/s.test(text);
+const needsBraces = (text) => conditionsOf(text.replace(/\sor\s/gi, " and ")).length > 1;
 
-const quoted = (value) => (/^[\p{L}\p{N}_][\p{L}\p{N}_ .:+-]*$/u.test(value) && !/\b(and|or)\b/i.test(value) ? value
-  : value.includes('"') ? `'${value}'` : `"${value}"`);
-const named = (name) => (/^[\p{L}_][\p{L}\p{N}_.-]*$/u.test(name) && !/^(and|or|not|in|is)$/i.test(name) ? name : quoted(name));
+const inQuotes = (text) => `"${text.replaceAll('"', '""')}"`;
+const quoted = (value) => (/^[\p{L}\p{N}_]([\p{L}\p{N}_ .:+-]*[\p{L}\p{N}_.:+-])?$/u.test(value) && !/\b(and|or)\b/i.test(value) ? value : inQuotes(value));
+const named = (name) => (/^[\p{L}_][\p{L}\p{N}_.-]*$/u.test(name) && !/^(and|or|not|in|is)$/i.test(name) ? name : inQuotes(name));
 
 // The condition that a value of a facet stands for.
 export function conditionFor({ name, kind }, value) {
-  if (kind === "folder") return `id~"${value}*"`;
-  return kind === "date" ? `${named(name)}>=${value} and ${named(name)}<=${value}` : `${named(name)}=${quoted(String(value))}`;
+  if (kind === "folder") return `id~${inQuotes(`${value}*`)}`;
+  if (kind === "date") return `${named(name)}>=${value} and ${named(name)}<=${value}`;
+  return `${named(name)}=${kind === "text" ? quoted(value) : value}`;
 }
 
 // The ends of a date's range among conditions, as YYYY-MM-DD; "" where there is none.
