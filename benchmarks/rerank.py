@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
 import sys
 import time
@@ -37,7 +38,7 @@ from traceir.files import write_whole
 from traceir.images import ImageInput
 from traceir.items import Encoding, Item, Query
 from traceir.prompts import render_asked, render_offered
-from traceir.rerank import TraceReranker, load_reranker, rerank
+from traceir.rerank import Reranker, TraceReranker, load_reranker, rerank
 
 COMPLEX = 2
 """Steps from which a query is complex."""
@@ -53,12 +54,15 @@ class Asked:
     encoding: Encoding
     found: list[Item]
     right: list[bool]
+    similarities: list[float]
     scores: list[float] = field(default_factory=list)
+    alone: list[float] = field(default_factory=list)
+    """Scores that know nothing of the first stage's."""
 
-    def hit(self, top: int) -> bool:
+    def hit(self, top: int, *, alone: bool = False) -> bool:
         """Whether the first is right once the best `top` have been reranked."""
-        order = sorted(range(min(top, len(self.scores))), key=lambda number: (-self.scores[number], number))
-        return self.right[order[0]] if order else self.right[0]
+        scores = self.alone if alone else self.scores
+        return self.right[min(range(min(top, len(scores))), key=lambda number: (-scores[number], number))]
 
 
 class Remembered(dict[str, Pixels]):
@@ -98,16 +102,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     encoder = Encoder.from_pretrained(options.model)
     reranker = load_reranker(options.reranker, encoder if options.reranker == "trace" else None)
-    assert isinstance(reranker, TraceReranker)
     asked = first_stage(encoder, options)
-    reranker.model.processor.pixel_store = Remembered(encoder.model.processor)
+    own = reranker.model if isinstance(reranker, TraceReranker) else None
+    if own is not None:
+        own.processor.pixel_store = Remembered(encoder.model.processor)
     for one in tqdm(asked, desc="reranking", file=sys.stderr, mininterval=5.0):
-        one.scores = reranker.score(one.query, one.found, reasoning="" if options.without_reasoning else one.encoding.reasoning)
-    reranker.model.processor.pixel_store = None
+        reasoning = "" if options.without_reasoning else one.encoding.reasoning
+        one.alone = one.scores = reranker.score(one.query, one.found, reasoning=reasoning)
+        if own is not None and (temperature := own.settings.rerank_temperature):
+            one.scores = [score + cosine / temperature for score, cosine in zip(one.alone, one.similarities, strict=True)]
+    if own is not None:
+        own.processor.pixel_store = None
     results: dict[str, Any] = {
         "format": 1,
         "model": encoder.fingerprint,
-        "reranker": reranker.model.fingerprint,
+        "reranker": reranker.name if own is None else own.fingerprint,
         "data": data_fingerprint(options.data / "meta.json"),
         "split": options.split,
         "seed": options.seed,
@@ -147,13 +156,14 @@ def first_stage(encoder: Encoder, options: argparse.Namespace) -> list[Asked]:
         assert vectors is not None and pool is not None
         ranking = rank_queries(vectors.matrix(), Pool([(row.dids, pool)]), [()] * len(queries), top_k=max(options.depths))
         simple = 0
-        for query, encoding, positions in zip(queries, vectors.encodings(), ranking.positions, strict=True):
+        ranked = zip(queries, vectors.encodings(), ranking.positions, ranking.scores, strict=True)
+        for query, encoding, positions, cosines in ranked:
             simple += (steps := row.labels[str(query.id)].steps) < COMPLEX
             if steps < COMPLEX and options.simple is not None and simple > options.simple:
                 continue
             found = [items[at] for at in positions.tolist() if at != NO_POSITION]
             right = [item.id in row.relevant[str(query.id)] for item in found]
-            asked.append(Asked(task.name, steps, query, encoding, found, right))
+            asked.append(Asked(task.name, steps, query, encoding, found, right, cosines[: len(found)].tolist()))
     return asked
 
 
@@ -162,17 +172,18 @@ def gains(asked: Sequence[Asked], depths: Sequence[int]) -> dict[str, Any]:
     before = np.array([one.right[0] for one in asked], dtype=float)
     made: dict[str, Any] = {"queries": len(asked), "first": 100 * float(before.mean())}
     for depth in depths:
-        after = np.array([one.hit(depth) for one in asked], dtype=float)
+        after, alone = (np.array([one.hit(depth, alone=by_itself) for one in asked], float) for by_itself in (False, True))
         apart = bootstrap_difference(after, before)
         made[str(depth)] = {
             "after": 100 * float(after.mean()),
+            "alone": 100 * float(alone.mean()),
             "difference": [100 * apart.mean, 100 * apart.low, 100 * apart.high],
             "most": 100 * float(np.mean([any(one.right[:depth]) for one in asked])),
         }
     return made
 
 
-def cost(encoder: Encoder, reranker: TraceReranker, timed: Sequence[Asked], depths: Sequence[int]) -> dict[str, Any]:
+def cost(encoder: Encoder, reranker: Reranker, timed: Sequence[Asked], depths: Sequence[int]) -> dict[str, Any]:
     """CPU seconds of reranking as multiples of the query's own encoding, taken in turn, query by query: medians, and over all."""
     spent: dict[str, list[float]] = {name: [] for name in ("query", *map(str, depths))}
     for one in tqdm(timed, desc="timing", file=sys.stderr, mininterval=5.0):
@@ -181,13 +192,12 @@ def cost(encoder: Encoder, reranker: TraceReranker, timed: Sequence[Asked], dept
             if name == "query":
                 encoder.encode_queries([one.query])
             else:
-                rerank(reranker, one.query, one.found, top=int(name), reasoning=one.encoding.reasoning)
+                known: dict[str, Any] = {"reasoning": one.encoding.reasoning, "similarities": one.similarities}
+                rerank(reranker, one.query, one.found, top=int(name), **known)
             seconds.append(time.process_time() - started)
     started = time.process_time()
     encoder.encode_queries([one.query for one in timed])
     batched = time.process_time() - started
-    lay_out, model = reranker.model.processor.lay_out, reranker.model
-    version = model.settings.prompt_version
     own = sum(len(encoder.model.processor.lay_out(encoder.model.prompt(one.query))) + one.encoding.tokens for one in timed)
     made: dict[str, Any] = {
         "queries": len(timed),
@@ -195,18 +205,22 @@ def cost(encoder: Encoder, reranker: TraceReranker, timed: Sequence[Asked], dept
         "query_tokens": own / len(timed),
     }
     for depth in depths:
-        tokens = 0
-        for one in timed:
-            tokens += len(lay_out(render_asked(one.query, version, one.encoding.reasoning)))
-            tokens += sum(len(lay_out(render_offered(item, version))) for item in one.found[:depth])
+        tokens = sum(tokens_read(reranker, one, depth) for one in timed) if isinstance(reranker, TraceReranker) else None
         seconds = spent[str(depth)]
         made[str(depth)] = {
             "ms": 1000 * statistics.median(seconds),
             "to_query": sum(seconds) / sum(spent["query"]),
             "to_batched_query": sum(seconds) / batched,
-            "tokens_to_query": tokens / own,
+            "tokens_to_query": tokens and tokens / own,
         }
     return made
+
+
+def tokens_read(reranker: TraceReranker, asked: Asked, depth: int) -> int:
+    """The query's once, and those of the candidates."""
+    lay_out, version = reranker.model.processor.lay_out, reranker.model.settings.prompt_version
+    offered = sum(len(lay_out(render_offered(item, version))) for item in asked.found[:depth])
+    return offered + len(lay_out(render_asked(asked.query, version, asked.encoding.reasoning)))
 
 
 def table(results: Mapping[str, Any]) -> str:
@@ -216,7 +230,7 @@ def table(results: Mapping[str, Any]) -> str:
     about = ", ".join(f"{word} {results[name]}" for name, word in named.items())
     part = "part" if results["reasoning"] else "no part"
     header = ["queries", "n", "first stage"]
-    header += [f"{word} {depth}" for word in ("top", "gain, top", "right in top") for depth in depths]
+    header += [f"{word} {depth}" for word in ("top", "gain, top", "by itself, top", "right in top") for depth in depths]
     rows = [
         (name, figures)
         for kind, gained in results["gains"].items()
@@ -230,7 +244,7 @@ def table(results: Mapping[str, Any]) -> str:
             f"{spent[depth]['ms']:.1f}",
             f"**{spent[depth]['to_query']:.2f}**",
             f"{spent[depth]['to_batched_query']:.2f}",
-            f"{spent[depth]['tokens_to_query']:.1f}",
+            f"{spent[depth]['tokens_to_query'] or math.nan:.1f}",
         )
         for depth in depths
     ]
@@ -250,14 +264,8 @@ def _gain_row(name: str, kind: Mapping[str, Any], depths: Sequence[str]) -> list
     after = [f"{kind[depth]['after']:.1f}" for depth in depths]
     differences = [kind[depth]["difference"] for depth in depths]
     gained = [f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]" for mean, low, high in differences]
-    return [
-        name,
-        str(kind["queries"]),
-        f"{kind['first']:.1f}",
-        *after,
-        *gained,
-        *(f"{kind[depth]['most']:.1f}" for depth in depths),
-    ]
+    alone, most = ([f"{kind[depth][key]:.1f}" for depth in depths] for key in ("alone", "most"))
+    return [name, str(kind["queries"]), f"{kind['first']:.1f}", *after, *gained, *alone, *most]
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:

@@ -721,6 +721,34 @@ def test_foreign_and_damaged_collections_are_named(tmp_path: Path) -> None:
 
 
 @needs_milvus
+def test_a_collection_from_before_keyword_search_goes_on_and_says_to_copy_it(tmp_path: Path) -> None:
+    from pymilvus import DataType, MilvusClient
+
+    file = f"{tmp_path}/items.db"
+    with opened(f"milvus-lite:{file}/new") as new:
+        client = MilvusClient(file)
+        schema = client.create_schema(auto_id=False, enable_dynamic_field=True)
+        schema.add_field("key", DataType.VARCHAR, is_primary=True, max_length=2048)
+        for name in ("modality", "text", "image", "fields", "content_hash"):
+            schema.add_field(name, DataType.VARCHAR, max_length=65_535)
+        schema.add_field("vector", DataType.FLOAT_VECTOR, dim=4)
+        flat = client.prepare_index_params()
+        flat.add_index("vector", index_type="FLAT", metric_type="IP", params={})
+        properties = client.describe_collection("new")["properties"]
+        client.create_collection("old", schema=schema, index_params=flat, consistency_level="Strong", properties=properties)
+        with opened(f"milvus-lite:{file}/old", create=False) as old:
+            old.upsert(texts(["a", "b"], n=1), drawn(2, 4))
+            assert [stored.id for stored in old.browse("n=1", sort="-n", limit=9)] == ["a", "b"]
+            with pytest.raises(StoreError, match="traceir index copy"):
+                old.search_keywords("text", 3)
+            old.keep_note("roots", "[]")
+            assert copy(old, new, progress=False) == 2 and new.note("roots") == "[]"
+        assert {hit.id for hit in new.search_keywords("text", 3)} == {"a", "b"}
+        with pytest.raises(InputError, match="beginnings"):
+            new.search_keywords("tex*", 3)
+
+
+@needs_milvus
 @pytest.mark.slow
 def test_what_a_killed_server_acknowledged_is_there(tmp_path: Path) -> None:
     with contextlib.ExitStack() as stack:

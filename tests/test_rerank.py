@@ -120,7 +120,9 @@ class ByLength:
     def __init__(self) -> None:
         self.asked: list[int] = []
 
-    def score(self, query: Query, items: Sequence[Item], *, reasoning: str = "") -> list[float]:
+    def score(
+        self, query: Query, items: Sequence[Item], *, reasoning: str = "", similarities: Sequence[float] | None = None
+    ) -> list[float]:
         self.asked.append(len(items))
         return [float(len(item.text)) if item.text else UNREADABLE for item in items]
 
@@ -138,6 +140,16 @@ def test_what_was_not_scored_keeps_its_order_behind() -> None:
     many = [Item.of(text="a" * (number + 1)) for number in range(20)]
     assert rerank(reranker, ASKED[0], many, seconds=1e9).order == tuple(range(19, -1, -1)) and reranker.asked == [8, 8, 4]
     assert rerank(reranker, ASKED[0], []).order == ()
+
+
+def test_scores_are_added_to_the_first_stage_s_where_that_was_learnt(stock: TraceModel) -> None:
+    taught = TraceModel(stock.network, stock.processor, replace(stock.settings, rerank_temperature=0.5))
+    alone, cosines = TraceReranker(stock, "random").score(ASKED[0], ITEMS), [0.1, 0.9, 0.3, 0.4, 0.2]
+    assert TraceReranker(stock, "random").score(ASKED[0], ITEMS, similarities=cosines) == alone
+    assert TraceReranker(taught, "taught").score(ASKED[0], ITEMS) == alone
+    wanted = [score + 2 * cosine for score, cosine in zip(alone, cosines, strict=True)]
+    ranked = rerank(TraceReranker(taught, "taught"), ASKED[0], [None, *ITEMS], similarities=[0.0, *cosines])
+    assert list(ranked.scores[1:]) == pytest.approx(wanted)
 
 
 def test_items_of_an_index_are_read_again(tmp_path: Path) -> None:
@@ -217,8 +229,10 @@ def pairs(count: int = 3) -> list[Example]:
 def test_the_loss_of_a_group_by_hand_and_candidates_that_lie_side_by_side(stock: TraceModel) -> None:
     two = [torch.tensor([0.0, math.log(3.0)]), torch.tensor([0.0, 0.0, 0.0])]
     assert rerank_loss(two).item() == pytest.approx(math.log(4.0) + math.log(3.0))
+    first = (0.9, 0.95, 0.2)
+    rows = [replace(example, similarities=first) if number == 1 else example for number, example in enumerate(pairs())]
     schedule = Schedule([TaskData("made up", range(3))], [1.0], batch=3, group=1, batches=1, seed=0)
-    batch = TrainBatches(schedule, stock.processor, "brief-1", 400, rerank=True).batch(0, "made up", pairs())
+    batch = TrainBatches(schedule, stock.processor, "brief-1", 400, rerank=True).batch(0, "made up", rows)
     assert batch.groups == (2, 3, 3) and len(batch.queries) > 1 and not batch.candidates
     scores = [
         torch.tensor(
@@ -227,6 +241,7 @@ def test_the_loss_of_a_group_by_hand_and_candidates_that_lie_side_by_side(stock:
         for example in pairs()
         if example.candidate is not None
     ]
+    scores[1] += torch.tensor(first) / 0.1
     reader, found = Reader(stock, 0.1, rerank=True), []
     for cache in (False, True):
         reader.zero_grad(set_to_none=True)
@@ -247,6 +262,8 @@ def test_mined_negatives_are_wrong_and_nearest_first(folder: Path, encoder: Enco
         pool[candidate.did] = mbeir.to_item(candidate, out)
     assert len(records) == 4 and {record.qid for record in records} == labels.keys()
     for record in records:
+        assert list(record.scores)[-3:] == list(record.negatives) and record.scores.keys() >= set(record.positives)
+        assert sorted(record.negatives, key=lambda did: -record.scores[did]) == list(record.negatives)
         assert len(record.negatives) == 3 and not set(record.negatives) & set(record.positives)
         assert {pool[did].modality for did in record.negatives} == {"image"}
     assert any(label.reasoning for label in labels.values())
@@ -259,14 +276,16 @@ def test_a_reranker_trains_resumes_and_loads(tmp_path: Path) -> None:
     data = make_folder(tmp_path / "m")
     config = TrainConfig(
         data=str(data), out=str(tmp_path / "whole"), init=str(bundled_model()), teach="rerank", negatives=3, steps=6, batch=4,
-        group=1, save_every=3, lora_rank=2, train_projector=False, mixed_precision=False, learning_rate=1e-3, warmup=1,
+        group=1, save_every=3, lora_rank=2, train_projector=False, mixed_precision=False, warmup=1, decay=0.0,
     )  # fmt: skip
     with pytest.raises(InputError, match="needs wrong candidates"):
         check(replace(config, negatives=0))
     whole = train(config)
-    train(replace(config, out=str(tmp_path / "parts"), steps=3, decay=0.0))
-    parts = train(replace(config, out=str(tmp_path / "again")), resume_from=None)
-    assert load_file(whole / "adapter_model.safetensors").keys() == load_file(parts / "adapter_model.safetensors").keys()
+    train(replace(config, out=str(tmp_path / "first"), steps=3))
+    resumed = train(replace(config, out=str(tmp_path / "then")), resume_from=tmp_path / "first" / "steps" / "000003")
+    weights, others = (load_file(folder / "adapter_model.safetensors") for folder in (whole, resumed))
+    assert weights.keys() == others.keys() and all(torch.equal(weights[name], others[name]) for name in weights)
+    assert any(bool(value.any()) for name, value in weights.items() if "lora_B" in name)
     reranker = load_reranker(str(whole))
     assert isinstance(reranker, TraceReranker) and isinstance(reranker.model.network, Network)
     assert reranker.model.settings.rerank == "rerank-1" and reranker.base == Encoder.from_pretrained().fingerprint

@@ -128,7 +128,9 @@ def test_both_are_fused_by_reciprocal_rank(searcher: Searcher) -> None:
     for wordless in (image, Query.of(text="!!!")):
         assert ids(searcher.search(wordless, mode="hybrid")) == ids(searcher.search(wordless)), "the vector decides"
     shelf(searcher.index, {"d": 0, "e": 0}, d="red hat", e="a red hat beside a blue cup of tea on a wooden table")
-    assert ids(searcher.search("red hat cup", mode="keyword"))[0] == "e", "it holds all the words"
+    for asked in ("red hat cup", "red hat cu*"):
+        assert ids(searcher.search(asked, mode="keyword"))[0] == "e", "it holds all the words"
+    assert ids(searcher.search('red "hat" -tea', mode="keyword")) == ["d"]
 
 
 def test_with_a_cutoff_hits_by_all_words_stay(searcher: Searcher) -> None:
@@ -136,7 +138,13 @@ def test_with_a_cutoff_hits_by_all_words_stay(searcher: Searcher) -> None:
     searcher.calibrate([Query.of(text=f"background {n}") for n in range(100)])
     assert ids(searcher.search("a blue cup", cutoff=0.05)) == ["a"]
     result = searcher.search("a blue cup", mode="hybrid", cutoff=0.05)
-    assert set(ids(result)) == {"a", "c"} and result.cut is not None and result.cut.below == 2
+    assert set(ids(result)) == {"a", "c"} and result.cut is not None and result.cut.below == 2 and result.next is None
+    shelf(searcher.index, {f"more {n}": 0 for n in range(200)}, "a blue cup", **{f"more {n}": f"a cup {n}" for n in range(200)})
+    for words, wanted in (("a blue cup", {"a", "c"}), ("a blue cu*", {"c"})):
+        pages = [searcher.search(words, k=1, mode="hybrid", cutoff=0.05)]
+        while pages[-1].next and len(pages) < 9:
+            pages.append(searcher.search(words, k=1, mode="hybrid", cutoff=0.05, after=pages[-1].next))
+        assert pages[-1].next is None and {id for page in pages for id in ids(page)} == wanted
 
 
 # Terms

@@ -27,8 +27,7 @@ from tiffs import SHORT, tiff
 
 from traceir.errors import InputError, StoreError
 from traceir.images import ImageInput, ImageLimits
-from traceir.index import And, Eq, Filter, Glob, In, Not, Or, Range, SqliteIndex, open_index
-from traceir.index.pages import position_of
+from traceir.index import And, Eq, Filter, Glob, In, Not, Or, Range, SqliteIndex, open_index, position_of
 from traceir.items import Item
 from traceir.serve import fetch
 from traceir.serve.access import KeyMiddleware, Limits, scope_needed
@@ -560,8 +559,7 @@ def opened(folder: Path) -> SqliteIndex:
 TENANTS = (None, "acme", "acme-b", "b")
 IDS = ("a", "b", "acme:a", "_tenant:acme:a", "_tenant:b:a", ":a", "../acme/a", "_tenant", "\x1f")
 FILTERS: tuple[Filter | None, ...] = (
-    None, Eq("n", 1), Eq("id", "a"), Glob("id", "*a"), Not(Eq("id", "a")), Or((Eq("n", 3), Range("id", above="a", below="c"))),
-    Eq("id", "_tenant:acme:a"), In("id", ("a", "_tenant:b:a")), Range("id", low="a"),
+    None, Eq("n", 1), Eq("id", "a"), Eq("id", "_tenant:acme:a"), In("id", ("a", "_tenant:b:a")), Range("id", low="a"),
     Range("id", high="b"), Range("id", low="_tenant:acme:", high="_tenant:acme:~"), And(()), And((Eq("n", 2), In("id", IDS))),
     Eq("modality", "text"), In("n", ()), Eq("id", 1), Range("id", low=1), Eq("n", None),
 )  # fmt: skip
@@ -600,12 +598,25 @@ def test_each_tenant_sees_what_it_would_see_in_an_index_of_its_own(tmp_path_fact
                 assert list(view.scan(where)) == list(alone.scan(where)) and view.count(where) == alone.count(where)
                 assert view.search(query, 5, where=where) == alone.search(query, 5, where=where)
                 assert view.facets(where, limit=3) == alone.facets(where, limit=3)
-                for sort in ("id", "-id", "n", "-n"):
-                    assert view.browse(where, sort=sort, limit=9) == alone.browse(where, sort=sort, limit=9)
-                    [first] = view.browse(where, sort=sort, limit=1) or [None]
-                    if first is not None:
-                        after = position_of(first, sort)
-                        assert view.browse(where, sort=sort, after=after, limit=9) == alone.browse(where, sort=sort, limit=10)[1:]
+            for where in (
+                "not n=1",
+                "id~'*' or n=2",
+                "not id~'_tenant*'",
+                "not (n is missing) and not id>'m'",
+                Not(In("id", IDS[:2])),
+            ):
+                found = list(alone.scan(where))
+                assert list(view.scan(where)) == found and view.count(where) == len(found)
+                for sort in ("n", "-n", "-id", "modality"):
+                    shown = alone.browse(where, sort=sort, limit=9)
+                    assert view.browse(where, sort=sort, limit=9) == shown
+                    after = position_of(shown[0], sort) if shown else None
+                    assert view.browse(where, sort=sort, after=after, limit=9) == alone.browse(
+                        where, sort=sort, after=after, limit=9
+                    )
+                words = "1 2 3 acme rival none tenant"
+                hits = [hit.id for hit in view.search_keywords(words, 20, where=where)]
+                assert sorted(hits) == sorted(hit.id for hit in alone.search_keywords(words, 20, where=where))
 
 
 def test_words_of_one_tenant_tell_nothing_of_those_of_another(tmp_path: Path) -> None:
@@ -641,10 +652,22 @@ def test_client_can_neither_set_nor_ask_for_the_tenant(tmp_path: Path) -> None:
         for view in (acme, rival, nobody):
             with pytest.raises(InputError, match=FIELD):
                 view.upsert([Item.of(text="x", id="x", fields={FIELD: "acme"})], vector)
-            for where in (Eq(FIELD, "acme"), And((And((In(FIELD, ("acme", None)),)),)), Range(FIELD, low="")):
+            for where in (
+                Eq(FIELD, "acme"),
+                And((And((In(FIELD, ("acme", None)),)),)),
+                Range(FIELD, low=""),
+                Not(Or((Glob(FIELD, "*"),))),
+            ):
                 for work in (lambda: view.search(vector, 5, where=where), lambda: view.delete(where)):  # noqa: B023  # called at once
                     with pytest.raises(InputError, match=FIELD):
                         work()
+            for refused in (
+                lambda: view.count(f"n=1 or not {FIELD}=acme"),  # noqa: B023  # called at once
+                lambda: view.browse(sort=f"-{FIELD}", limit=1),  # noqa: B023
+                lambda: view.search_keywords("plan", 3, where="_file is missing"),  # noqa: B023
+            ):
+                with pytest.raises(InputError, match=r"_tenant|_file"):
+                    refused()
         assert dict(acme.get(["plan"])["plan"].fields) == {"n": 1}
         assert rival.get(["plan", "_tenant:acme:plan"]) == nobody.get(["plan", "_tenant:acme:plan"]) == {}
         with pytest.raises(InputError, match="more than"):

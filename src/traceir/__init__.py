@@ -22,18 +22,18 @@ if TYPE_CHECKING:
     from traceir.encoder import Encoder
     from traceir.errors import TraceError
     from traceir.images import ImageInput
-    from traceir.index import And, Eq, In, Range, open_index
+    from traceir.index import And, Eq, Glob, In, Not, Or, Range, open_index
     from traceir.items import Encoding, Hit, Item, Query
     from traceir.library import load_encoder
     from traceir.search import Searcher
 
 __version__ = "0.1.0"
 __all__ = [
-    "And", "Client", "Encoder", "Encoding", "Eq", "Hit", "ImageInput", "In", "Item", "Query", "Range", "Searcher", "TraceError",
-    "load_encoder", "open_index",
+    "And", "Client", "Encoder", "Encoding", "Eq", "Glob", "Hit", "ImageInput", "In", "Item", "Not", "Or", "Query", "Range",
+    "Searcher", "TraceError", "load_encoder", "open_index",
 ]  # fmt: skip
 _HOMES = {
-    **dict.fromkeys(("And", "Eq", "In", "Range", "open_index"), "traceir.index"),
+    **dict.fromkeys(("And", "Eq", "Glob", "In", "Not", "Or", "Range", "open_index"), "traceir.index"),
     **dict.fromkeys(("Encoding", "Hit", "Item", "Query"), "traceir.items"),
     "Client": "traceir.client",
     "Encoder": "traceir.encoder",

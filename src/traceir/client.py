@@ -139,8 +139,10 @@ class Client(Connected):
         answer = self._call("POST", "/search", body | {"instruction": query.instruction, "modality": query.target})
         cut = answer.get("cutoff") and _read(Cut, answer["cutoff"])
         hits = tuple(_hit(entry) for entry in _list_of(answer, "hits"))
-        known = {"hits": hits, "more": bool(answer.get("more")), "cutoff": cut, "next": answer.get("next")}
-        return _read(Found, {"seconds": {}, **(answer.get("trace") or {}), **known})
+        trace = answer.get("trace") or {}
+        seconds = {stage: spent for stage, spent in (trace.get("seconds") or {}).items() if spent is not None}
+        known = {"hits": hits, "more": bool(answer.get("more")), "cutoff": cut, "next": answer.get("next"), "seconds": seconds}
+        return _read(Found, {**trace, **known})
 
     def add(self, items: Sequence[Item]) -> list[Added]:
         """Indexes items, each of one image, one text, or both, and an id; in order, what became of each.

@@ -48,7 +48,7 @@ class Cursor:
         return base64.urlsafe_b64encode(_HEAD.pack(_MARK, self.rank) + b"".join(sorted(self.shown))).decode()
 
     def has(self, id: str) -> bool:
-        return bool(self.shown) and _hash(id) in self.shown
+        return _hash(id) in self.shown
 
     def past(self, ids: Iterable[str], ranks: int) -> Cursor:
         """Behind these hits too, of so many more ranks."""

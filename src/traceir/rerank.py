@@ -46,10 +46,13 @@ class Reranker(Protocol):
 
     name: str
 
-    def score(self, query: Query, items: Sequence[Item], *, reasoning: str = "") -> list[float]:
+    def score(
+        self, query: Query, items: Sequence[Item], *, reasoning: str = "", similarities: Sequence[float] | None = None
+    ) -> list[float]:
         """One score an item, in order, higher is better; UNREADABLE for an item, or all, that it cannot read.
 
-        `reasoning` is what the query's encoder wrote (Encoding.reasoning); those that have no use for it ignore it.
+        `reasoning` is what the query's encoder wrote (Encoding.reasoning), `similarities` are the cosines of the first stage (the
+        score "vector" of a Hit); those that have no use for them ignore them.
         """
 
 
@@ -95,6 +98,7 @@ def rerank(
     top: int | None = None,
     seconds: float | None = None,
     reasoning: str = "",
+    similarities: Sequence[float] | None = None,
 ) -> Reranked:
     """The order of items, which come best first, after the first `top` of them have been read together with the query.
 
@@ -110,7 +114,8 @@ def rerank(
             break
         part = numbers[first : first + step]
         read = [item for item in (items[number] for number in part) if item is not None]
-        scores.update(zip(part, reranker.score(query, read, reasoning=reasoning), strict=True))
+        known = None if similarities is None else [similarities[number] for number in part]
+        scores.update(zip(part, reranker.score(query, read, reasoning=reasoning, similarities=known), strict=True))
     scored = {number: score for number, score in scores.items() if score > UNREADABLE}
     order = sorted(range(len(items)), key=lambda number: (-scored.get(number, UNREADABLE), number))
     return Reranked(tuple(order), tuple(map(scored.get, range(len(items)))), time.perf_counter() - started)
@@ -176,8 +181,11 @@ class TraceReranker:
             log.warning("%s was not trained to rerank: what it answers is its own idea of the question", source)
         return cls(model, OWN if folder == bundled_model() / "rerank" else str(source), base=base, **options)
 
-    def score(self, query: Query, items: Sequence[Item], *, reasoning: str = "") -> list[float]:
-        """The logit of yes less that of no, behind query and candidate."""
+    def score(
+        self, query: Query, items: Sequence[Item], *, reasoning: str = "", similarities: Sequence[float] | None = None
+    ) -> list[float]:
+        """The logit of yes less that of no, behind query and candidate; and the first stage's cosine over the temperature that it
+        was trained with, where it learnt to add to it."""
         scores = [UNREADABLE] * len(items)
         version, processor = self.model.settings.prompt_version, self.model.processor
         layouts: dict[int, Layout] = {}
@@ -192,8 +200,9 @@ class TraceReranker:
                 layouts[number] = processor.lay_out(render_offered(item, version))
             except ImageError as error:
                 log.warning("item %s is not reranked: %s", item.id or "(no id)", error)
+        temperature = self.model.settings.rerank_temperature
         for number, score in self._scores(asked, layouts):
-            scores[number] = score
+            scores[number] = score + (similarities[number] / temperature if similarities is not None and temperature else 0.0)
         return scores
 
     def _scores(self, asked: Layout, layouts: dict[int, Layout]) -> Iterator[tuple[int, float]]:
@@ -284,7 +293,9 @@ class CrossReranker:
             raise ModelError(f"{name} gives {model.num_labels} scores for a pair; a reranker gives one")
         return cls(model, name)
 
-    def score(self, query: Query, items: Sequence[Item], *, reasoning: str = "") -> list[float]:
+    def score(
+        self, query: Query, items: Sequence[Item], *, reasoning: str = "", similarities: Sequence[float] | None = None
+    ) -> list[float]:
         """What `CrossEncoder.predict` gives without its activation."""
         from traceir.library import one_line
 

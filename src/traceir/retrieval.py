@@ -5,8 +5,8 @@ under the best of them, the first few may be reranked, and what is relevant may 
 reciprocal rank (Cormack, Clarke and Buettcher 2009): a hit scores (1 - w) 61 / (60 + its rank by vectors) + w 61 / (60 + its rank
 by words), so that 1 is the first of both.
 
-BM25 would put a short text with two of three words before a long one with all three: of the best RELEVANT by BM25, those that
-hold all the words come first. With a cut-off these stay whatever their cosine, and no others are there by their words.
+BM25 would put a short text with two of three words before a long one with all three: by words, those that hold all of them come
+first. With a cut-off these stay whatever their cosine, and no others are there by their words.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from traceir.index.filter_text import as_filter
 from traceir.index.filters import Filter, Where, shown
 from traceir.index.pages import check_page, order_page, position_of
 from traceir.index.store import Index, Vectors, check_search
-from traceir.index.words import Term, columns_of, parse_words
+from traceir.index.words import KeywordQuery, Term, columns_of, parse_words
 from traceir.items import MODALITIES, Hit, Modality, Query, Vector
 from traceir.suggest import did_you_mean
 
@@ -37,7 +37,7 @@ Mode = Literal["vector", "keyword", "hybrid"]
 MODES: Final[tuple[Mode, ...]] = get_args(Mode)
 MAX_WEIGHT: Final = 10.0
 RELEVANT: Final = 100
-"""What is sorted by a field where no cut-off says what is relevant; the least that is looked at by words, or of both sides."""
+"""What is sorted by a field where no cut-off says what is relevant, and the least that each side brings to a fusion."""
 _RRF: Final = 60
 _FOLDED: Final = 2_000
 _SORTED: Final = 10_000
@@ -232,26 +232,33 @@ def _above(parts: Sequence[Sequence[Hit]], above: Mapping[Modality, float], opti
 
 
 def _by_words(index: Index, query: Query, options: SearchOptions, depth: int) -> _Pool:
-    """Of the best by BM25 those that hold all the words come first; with a cut-off there are no others."""
+    """Those that hold all the words, and behind them, where there is no cut-off, those that hold any of them."""
     try:
         words = parse_words(query.text)
     except InputError:
         if options.mode == "keyword":
             raise
         return _Pool([], whole=True)  # an image, or "!!!": the vector alone decides
-    depth = max(RELEVANT, depth)
-    hits = index.search_keywords(query.text, depth, where=options.filter, modality=query.target)
+    hits = index.search_keywords(_all_of(words), depth, where=options.filter, modality=query.target)
     whole = len(hits) < depth
-    if len(words.wanted) > 1 or (words.wanted and words.required):
-        split: tuple[list[Hit], list[Hit]] = ([], [])
-        for hit in hits:
-            split[not _holds_all(hit, words.wanted)].append(hit)
-        hits = split[0] if options.cutoff is not None else split[0] + split[1]
+    hits = [hit for hit in hits if _holds(hit, [term for term in words.wanted if term.is_prefix])]
+    if options.cutoff is None and len(hits) < depth and len(words.wanted) > 1:
+        there = {hit.id for hit in hits}
+        others = index.search_keywords(query.text, depth, where=options.filter, modality=query.target)
+        hits += [hit for hit in others if hit.id not in there]
+        whole = len(others) < depth
     return _Pool(hits, whole)
 
 
-def _holds_all(hit: Hit, terms: Sequence[Term]) -> bool:
-    columns = columns_of(hit.id, hit.text, hit.fields)
+def _all_of(words: KeywordQuery) -> str:
+    """The query that each of the words must be there; for prefixes there is no such query."""
+    phrases = [f'"{" ".join(term.words)}"' for term in (*words.required, *words.wanted) if not term.is_prefix]
+    prefixes = [f"{' '.join(term.words)}*" for term in words.wanted if term.is_prefix]
+    return " ".join([*phrases, *prefixes, *(f'-"{" ".join(term.words)}"' for term in words.without)])
+
+
+def _holds(hit: Hit, terms: Sequence[Term]) -> bool:
+    columns = columns_of(hit.id, hit.text, hit.fields) if terms else ()
     return all(any(term.is_in(words) for words in columns) for term in terms)
 
 
@@ -277,7 +284,7 @@ def _page(index: Index, each: EncodedQuery, pool: _Pool, options: SearchOptions,
     cursor, end = options.cursor, options.offset + options.k
     best_alone = options.sort is not None and options.cutoff is None
     while True:
-        hits = [hit for hit in pool.hits if not cursor.has(hit.id)]
+        hits = [hit for hit in pool.hits if not cursor.has(hit.id)] if cursor.shown else pool.hits
         if best_alone:
             hits = hits[: max(0, max(RELEVANT, options.k) - len(cursor.shown))]
         if options.fold is not False:
@@ -292,16 +299,18 @@ def _page(index: Index, each: EncodedQuery, pool: _Pool, options: SearchOptions,
         hits, seconds = _reranked(each, hits, options.rerank, options)
     if options.sort is not None:
         hits = _sorted(hits, options.sort)
-    more = len(hits) > end or not (pool.whole or best_alone)
+    more = len(hits) > end or bool(hits and not (pool.whole or best_alone))
     covered = [id for hit in hits[:end] for id in (hit.id, *hit.similar)]
-    ranked = [replace(hit, rank=cursor.rank + rank, scores=_scores(hit, options)) for rank, hit in enumerate(hits[:end], start=1)]
+    ranked = [_ranked(hit, rank, options) for rank, hit in enumerate(hits[:end], start=cursor.rank + 1)]
     return HitPage(
         tuple(ranked[options.offset :]), cursor.past(covered, len(ranked)).write() if more else None, pool.cut, seconds
     )
 
 
-def _scores(hit: Hit, options: SearchOptions) -> dict[str, float]:
-    return dict(hit.scores) if options.mode == "hybrid" else {options.mode: hit.score, **hit.scores}
+def _ranked(hit: Hit, rank: int, options: SearchOptions) -> Hit:
+    """The hit as it is shown; several times faster than `replace`."""
+    scores = hit.scores if options.mode == "hybrid" else {options.mode: hit.score, **hit.scores}
+    return Hit(hit.id, hit.score, rank, hit.modality, hit.text, hit.image, hit.fields, scores, hit.similar)
 
 
 def _sorted(hits: Sequence[Hit], sort: str) -> list[Hit]:

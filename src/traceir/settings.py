@@ -28,7 +28,7 @@ PROCESSORS: Final = {
     "qwen3_5": "Qwen3VLProcessor",
 }
 """Model type -> the processor that transformers makes for it."""
-_OPTIONAL: Final = ("candidates_write", "rerank", "world", "profile")
+_OPTIONAL: Final = ("candidates_write", "rerank", "rerank_temperature", "world", "profile")
 """Fields that are left out where they are not used, so that earlier releases read the file too."""
 
 
@@ -42,6 +42,8 @@ class TraceSettings:
     """Whether candidates may write too, as no checkpoint of TRACE does; the paper's Table 6 tries it."""
     rerank: Literal["", "rerank-1"] = ""
     """The prompts that it was trained to answer yes or no to, as a reranker; "" for an encoder."""
+    rerank_temperature: float = 0.0
+    """Of the first stage's cosines that its scores are added to; 0 where it learnt to do without."""
     max_reasoning_tokens: int = 256
     max_text_tokens: int = 1024
     closing: str = ""

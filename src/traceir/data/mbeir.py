@@ -104,7 +104,8 @@ class Task(OfTask):
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One query line. `image_path` is relative to the root of the folder."""
+    """One query line. `image_path` is relative to the root of the folder; `scores` are first-stage similarities of its candidates
+    by did, which `traceir mine` writes."""
 
     qid: str
     text: str | None
@@ -114,6 +115,7 @@ class Record:
     negatives: tuple[str, ...]
     task_id: int
     source: str | None = None
+    scores: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,6 +209,13 @@ class Line:
             raise self.wrong(name, f"an integer from {low} to {high}")
         return value
 
+    def numbers(self, name: str) -> dict[str, float]:
+        """An object of numbers, {} for null and an absent field."""
+        value = self.fields.get(name) or {}
+        if not isinstance(value, dict) or not all(type(number) in (int, float) for number in value.values()):
+            raise self.wrong(name, "an object of numbers by did, or null")
+        return value
+
     def image(self, name: str) -> str | None:
         value = self.text(name)
         if value is not None and (PurePosixPath(value).is_absolute() or ".." in PurePosixPath(value).parts):
@@ -231,7 +240,8 @@ def to_record(line: Line) -> Record:
     content = line.content("query_txt", "query_img_path", "query_modality")
     positives, negatives = line.identifiers("pos_cand_list"), line.identifiers("neg_cand_list")
     task_id = line.integer("task_id", 0, max(TASK_MODALITIES))
-    return Record(qid, *content, positives, negatives, task_id, source if isinstance(source, str) else None)
+    scores = line.numbers("cand_scores")
+    return Record(qid, *content, positives, negatives, task_id, source if isinstance(source, str) else None, scores)
 
 
 def to_candidate(line: Line) -> Candidate:

@@ -25,6 +25,8 @@ from traceir.items import Item, Query
 from traceir.prompts import completion_text
 
 CLOSING_TAG: Final = " </answer>"
+UNSCORED: Final = 0.5
+"""Share of a reranker's queries that it learns without the first stage's scores."""
 WINDOW: Final = 4096
 """Lines of a pretraining task within which they are sorted by length."""
 
@@ -36,7 +38,8 @@ class Example:
     A pair has a `query`, a `candidate` and `right`, the dids of all positives of the query, in the pool or not; a pretraining
     example has no candidate, and its completion ends the chat turn instead of asking for an embedding. `completion` is what the
     query's model writes before `<|emb|>`, `described` what the candidate's writes ("": `<|emb|>` at once). `negatives` are
-    further candidates that are wrong for this query, none of them in `right`.
+    further candidates that are wrong for this query, none of them in `right`. `similarities` are the first-stage scores of the
+    candidate and the negatives, () where they are not known, or left out.
     """
 
     query: Query
@@ -45,6 +48,7 @@ class Example:
     right: frozenset[str]
     negatives: tuple[Item, ...] = ()
     described: str = ""
+    similarities: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,7 +178,17 @@ class Pairs(TaskData):
             frozenset(record.positives),
             tuple(self._item(sample.negatives[index]) for index in wrong),
             self.descriptions.get(chosen.did, ""),
+            self._similarities(sample, chosen, wrong, draw),
         )
+
+    def _similarities(
+        self, sample: Sample, chosen: mbeir.Candidate, wrong: Sequence[int], draw: np.random.Generator
+    ) -> tuple[float, ...]:
+        """Those of every other query, by chance: a reranker learns to add to them, and to do without."""
+        if not sample.record.scores or draw.random() < UNSCORED:
+            return ()
+        dids = [chosen.did, *(sample.negatives[index].did for index in wrong)]
+        return tuple(map(sample.record.scores.__getitem__, dids)) if sample.record.scores.keys() >= set(dids) else ()
 
     def _item(self, candidate: mbeir.Candidate) -> Item:
         image = mbeir.open_image(candidate.image_path, self.root)

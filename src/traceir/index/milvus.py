@@ -16,14 +16,10 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
-import logging
-import os
-import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
-from pathlib import Path
 from threading import RLock
 from typing import Any, Final, TypeVar, Unpack, cast
 
@@ -33,6 +29,7 @@ from traceir.errors import InputError, StoreError
 from traceir.index import milvus_rows, store
 from traceir.index.filter_text import as_filter
 from traceir.index.filters import Filter, Where, matches, values_of
+from traceir.index.milvus_address import BACKGROUND, GRAPHS, connect, first_line, parse_address
 from traceir.index.milvus_rows import (
     BM25,
     KEPT,
@@ -59,10 +56,7 @@ T = TypeVar("T")
 MAX_REQUEST_BYTES: Final = 60 * 2**20  # Milvus takes 64 MB
 MOST_HITS: Final = 16_384  # the most that Milvus returns for a query
 EFFORT: Final = 128  # candidates that a search in a graph keeps, at least
-GRAPHS: Final[dict[Modality, str]] = {"text": "_near_text", "image": "_near_image", "image,text": "_near_both"}
-BACKGROUND: Final = "_background"
 MOST_SORTED: Final = 100_000
-_NAME: Final = "traceir"
 _NOTE: Final = "traceir_note_"
 _PAGE: Final = 1000
 _GRAPH: Final = {"M": 16, "efConstruction": 200}
@@ -74,38 +68,6 @@ _BUILD_SECONDS: Final = 24 * 3600.0
 _NOT_LOADED: Final = 101  # Milvus's code
 
 
-@dataclass(frozen=True, slots=True)
-class MilvusAddress:
-    """Where an index is: what a client connects to, the collection, and how messages name it (without the token)."""
-
-    uri: str
-    name: str
-    shown: str
-    token: str = ""
-    file: Path | None = None
-
-
-def parse_address(uri: str) -> MilvusAddress:
-    """`milvus-lite:PATH.db[/NAME]` or `http[s]://[USER:PASSWORD@]HOST[:PORT][/NAME]`; StoreError for what is neither.
-
-    The environment variable TRACEIR_MILVUS_TOKEN keeps a token off the command line.
-    """
-    if match := re.fullmatch(r"milvus-lite:(.+?\.db)(?:/([^/]+))?", uri):
-        address = MilvusAddress(match[1], match[2] or _NAME, uri, file=Path(match[1]))
-    elif match := re.fullmatch(r"(https?://)(?:([^/@]+)@)?([^/@]+)(?:/([^/]*))?", uri):
-        token, name = match[2] or os.environ.get("TRACEIR_MILVUS_TOKEN", ""), match[4] or _NAME
-        address = MilvusAddress(match[1] + match[3], name, f"{match[1]}{match[3]}/{name}", token)
-    else:  # which may hold a password
-        raise StoreError(
-            "the index's address is none of Milvus: give milvus-lite:FILE, which ends in .db, or http://HOST:19530/NAME"
-        )
-    own = (*GRAPHS.values(), BACKGROUND)
-    if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]{0,199}", address.name, re.ASCII) or address.name.endswith(own):
-        what = f"index {address.shown} has the name {address.name!r}"
-        raise StoreError(f"{what}; use up to 200 letters, digits and _, and no ending of our own")
-    return address
-
-
 class MilvusIndex(CheckedIndex):
     """An `Index` in a Milvus collection; made by `open_index`."""
 
@@ -115,7 +77,7 @@ class MilvusIndex(CheckedIndex):
         self._writing = RLock()
         self._writes = 0
         self._closed = False
-        self._client = _connect(self._address, self._opening)
+        self._client = connect(self._address, self._opening)
         try:
             with self._explained("open it"):
                 version = str(self._call("get_server_version"))
@@ -480,7 +442,7 @@ class MilvusIndex(CheckedIndex):
         except MilvusException as error:
             if not self._has(self._name):  # otherwise another process was quicker
                 what = f"the server of {self._shown} makes no index of {self._meta.dtype} and width {self._meta.dim}"
-                raise StoreError(f"{what} ({_first_line(error)}); choose float32, or another server") from error
+                raise StoreError(f"{what} ({first_line(error)}); choose float32, or another server") from error
 
     def _create(self, name: str, columns: Sequence[str], described: str | None) -> None:
         """A collection with a FLAT index that describes itself, or without both, to become a graph."""
@@ -526,7 +488,7 @@ class MilvusIndex(CheckedIndex):
             remedy = "check that the server runs and read its log, then repeat the call"
             if self._address.file is not None:
                 remedy = "repeat the call; if it fails again, restore the file from a copy, or remove it and fill it again"
-            raise StoreError(f"index {self._shown} failed: Milvus could not {action} ({_first_line(error)}); {remedy}") from error
+            raise StoreError(f"index {self._shown} failed: Milvus could not {action} ({first_line(error)}); {remedy}") from error
 
     def _call(self, action: str, *arguments: Any, timeout: float = _CALL_SECONDS, **options: Any) -> Any:
         """What the client returns; a server that was started again must first be told to load its collections."""
@@ -545,31 +507,6 @@ class MilvusIndex(CheckedIndex):
         background = self._name + BACKGROUND
         for name in (self._name, *self._graphs().values(), *([background] if self._has(background) else [])):
             self._call("load_collection", name, timeout=_BUILD_SECONDS)
-
-
-def _connect(address: MilvusAddress, opening: Opening) -> Any:
-    try:
-        from pymilvus import MilvusClient
-        from pymilvus.exceptions import MilvusException
-    except ImportError as error:
-        raise StoreError(f"index {address.shown} needs pymilvus; install it with `pip install 'traceir[milvus]'`") from error
-    # They log each refusal with a traceback before they raise it; Milvus Lite in this process also logs what it does not do.
-    for name in ("pymilvus", "milvus_lite", *(["grpc._server"] if address.file else [])):
-        logging.getLogger(name).setLevel(logging.CRITICAL)
-    if address.file is not None:
-        store.prepare_file(address.file, address.shown, opening.create, Path.exists)
-    try:
-        return MilvusClient(address.uri, token=address.token, timeout=opening.timeout, dedicated=True)
-    except MilvusException as error:
-        remedy = "check that the server runs and that address and token are right"
-        if address.file is not None:
-            remedy = "another process may hold it (one can), it is no file of Milvus Lite, or milvus-lite is not installed"
-        raise StoreError(f"index {address.shown} cannot be opened ({_first_line(error)}); {remedy}") from error
-
-
-def _first_line(error: Exception) -> str:
-    text = str(getattr(error, "message", "") or error).strip()
-    return text.splitlines()[0][:300] if text else type(error).__name__
 
 
 def _joined(*parts: str) -> str:

@@ -33,6 +33,7 @@ _PART: Final = re.compile(r'(?<![^\s(])(-?)(?:"([^"]*)"|([^\s"]+))|([^\s"]+)')
 _QUOTES: Final = str.maketrans({"“": '"', "”": '"', "„": '"', "«": '"', "»": '"', "−": "-"})
 _DIGITS: Final = re.compile(r"(?<=[^\W\d_])(?=\d)|(?<=\d)(?=[^\W\d_])")
 _HUMPS: Final = re.compile(r"(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])")
+_IN_PARTS: Final = re.compile(f"{_DIGITS.pattern}|{_HUMPS.pattern}")
 _APART: Final = re.compile(r"[,;:/\\|()\[\]{}!?，、。；：（）！？・]+")
 
 
@@ -121,7 +122,7 @@ def name_words(text: str) -> list[str]:
     `beachParty2024` is beachparty2024, and also beachparty, 2024, beach and party.
     """
     parts: list[str] = []
-    for word in re.findall(r"[^\W_]+", text):
+    for word in filter(_IN_PARTS.search, re.findall(r"[^\W_]+", text)):
         for cut in (own := _DIGITS.split(word), [part for piece in own for part in _HUMPS.split(piece)]):
             parts += cut if len(cut) > 1 and cut != parts[-len(cut) :] else []
     return cut_words(text) + cut_words(" ".join(parts))

@@ -47,7 +47,7 @@ class TrainBatch:
     (not only the sampled one) and so no negative of it; it covers all processes: queries by candidates, in the order of the
     ranks, all positives before all further negatives. `sizes` is (queries, further negatives) of each rank. `queried` names this
     process's queries; `tokens` counts its supervised tokens. `groups`, for a reranker alone: each row of `queries` is
-    a query and so many candidates side by side, the right one first.
+    a query and so many candidates side by side, the right one first; `similarities` are theirs, () where they are not known.
     """
 
     number: int
@@ -59,6 +59,7 @@ class TrainBatch:
     queried: tuple[str, ...]
     tokens: int
     groups: tuple[int, ...] = ()
+    similarities: tuple[tuple[float, ...], ...] = ()
 
     @property
     def chunks(self) -> tuple[Chunk, ...]:
@@ -108,7 +109,8 @@ class TrainBatches(Dataset[TrainBatch]):
                 torch.zeros(len(examples), 0, dtype=torch.bool),
                 tuple(1 + len(example.negatives) for example in mine),
             )
-            return TrainBatch(number, task, self.chunks(rows), (), collision, (), queried, 0, sizes)
+            known = tuple(example.similarities for example in mine)
+            return TrainBatch(number, task, self.chunks(rows), (), collision, (), queried, 0, sizes, known)
         queries = [self._shifted(self._query(example), number, 0, first + row) for row, example in enumerate(mine)]
         offered = [(1, row, example.candidate, example.described) for row, example in enumerate(mine) if example.candidate]
         offered += [(2 + n, row, item, "") for row, example in enumerate(mine) for n, item in enumerate(example.negatives)]

@@ -168,7 +168,7 @@ def step(
             with torch.set_grad_enabled(not cache), forwards.synced(number):
                 outputs.append(forwards(number))
         if batch.groups:
-            terms, gradients = _at_scores(batch, outputs[:own], ranks, share)
+            terms, gradients = _at_scores(batch, outputs[:own], forwards.reader.temperature, ranks, share)
         else:
             losses["gen"] = ranks.sum(torch.stack([output[2].detach() for output in outputs[:own]]).sum().float()) / tokens
             terms, gradients = _at_embeddings(forwards.reader, batch, outputs, objective, ranks, share)
@@ -261,15 +261,22 @@ def _at_embeddings(
 
 
 def _at_scores(
-    batch: TrainBatch, outputs: Sequence[Output], ranks: Distribution, share: float
+    batch: TrainBatch, outputs: Sequence[Output], temperature: float, ranks: Distribution, share: float
 ) -> tuple[dict[str, float], list[Gradients]]:
-    """The loss of a reranker over the groups of all processes, and its gradient at this process's scores."""
+    """The loss of a reranker over the groups of all processes, and its gradient at this process's scores, which are added to the
+    first stage's over `temperature` where these are known."""
     leaves = [output[0].detach().float().requires_grad_() for output in outputs]
     groups = ranks.sum(torch.tensor(float(len(batch.groups)), device=leaves[0].device))
     numbers = [chunk.rows.tolist() for chunk in batch.queries]
     with torch.enable_grad(), torch.autocast(leaves[0].device.type, enabled=False):
         parts = [torch.split(leaf, [batch.groups[row] for row in rows]) for leaf, rows in zip(leaves, numbers, strict=True)]
-        loss = rerank_loss([scores for part in parts for scores in part]) / groups
+        known = [[batch.similarities[row] for row in rows] for rows in numbers]
+        added = [
+            scores + torch.tensor(first, device=scores.device) / temperature if first else scores
+            for part, firsts in zip(parts, known, strict=True)
+            for scores, first in zip(part, firsts, strict=True)
+        ]
+        loss = rerank_loss(added) / groups
         gradients = torch.autograd.grad(loss * share, leaves)
     return {"rank": ranks.sum(loss.detach())}, [(gradient, None) for gradient in gradients]
 

@@ -235,6 +235,7 @@ def _initial(config: TrainConfig, tasks: list[TaskData]) -> TraceModel:
         "max_text_tokens": config.max_text_tokens,
         "candidates_write": config.candidates != "direct",
         "rerank": RERANK if config.teach == "rerank" else "",
+        "rerank_temperature": config.temperature if config.teach == "rerank" else 0.0,
     }
     if config.init == "random":
         # The tokenizer reads everything the folder teaches, so that a pretrained model can go on with pairs.

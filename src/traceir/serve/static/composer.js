@@ -80,7 +80,8 @@ export class Composer {
       if (target.type === "radio" || ["sort", "fold", "cutoff"].includes(target.id)) this.applied();
       else if (target.id === "where") this.setWhere(target.value);
       else if (target.type === "date") {
-        this.setWhere(joined(withRange(conditionsOf(this.where), this.date, [find("from").value, find("to").value])));
+        const where = find("where").ariaInvalid ? this.where : find("where").value; // which may be on its way still
+        this.setWhere(joined(withRange(conditionsOf(where), this.date, [find("from").value, find("to").value])));
       }
     });
     find("cutoff").addEventListener("input", () => this.sayCutoff());
@@ -124,6 +125,7 @@ export class Composer {
     } catch (error) {
       return this.blame(error.message);
     }
+    if (find("where").value.trim() !== where) return null; // another came after it
     this.where = where;
     this.blame("");
     return this.applied();
@@ -132,8 +134,7 @@ export class Composer {
   blame(message) {
     const field = find("where");
     if (message) this.openPanel(true);
-    if (message) field.setAttribute("aria-invalid", "true");
-    else field.removeAttribute("aria-invalid");
+    field.ariaInvalid = message ? "true" : null;
     find("where-error").hidden = !message;
     say(find("where-error"), message.replace(/^where: /, ""));
   }
