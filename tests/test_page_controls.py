@@ -15,6 +15,7 @@ import uvicorn
 from conftest import IN_BROWSER, image_of
 from fakes import FakeEncoder
 from playwright.sync_api import expect
+from test_page import LOW_CONTRAST
 
 from traceir.index import SqliteIndex, open_index
 from traceir.items import Item
@@ -242,6 +243,10 @@ def test_hits_and_scores_are_above_the_fold_with_all_controls_open(page: Any) ->
     first = page.locator(".opener").first
     assert first.locator(".name").get_attribute("title").endswith(first.locator(".name").inner_text())
     expect(first.locator(".about-hit")).to_have_text(re.compile(r"2023.* · (Pixel 8|EOS \(R6\))"))
+    for scheme in ("dark", "light"):
+        page.emulate_media(color_scheme=scheme)
+        page.mouse.move(0, 0)
+        assert page.evaluate(LOW_CONTRAST) == []
     page.set_viewport_size({"width": 390, "height": 844})
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
     page.locator("#open-panel").click()

@@ -184,7 +184,7 @@ class SqliteIndex(CheckedIndex):
             after = page[-1][1].id
 
     def facets(self, where: Where = None, *, limit: int) -> list[Facet]:
-        """Exact up to COUNTED items, which takes two seconds for 100,000 with ten fields each; of more, items spread evenly."""
+        """Exact up to COUNTED items; of more, by items spread evenly over the order in which they came."""
         if (total := self.count(read := as_filter(where))) > COUNTED:
             clause, values = compile_filter(read)
             with self._transaction():
