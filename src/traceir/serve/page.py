@@ -7,6 +7,7 @@ import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from threading import Lock
 from typing import Any, Final
 
 from traceir.errors import InputError
@@ -75,15 +76,17 @@ class FacetCache:
     """The facets of each tenant's part of an index, as JSON of a FacetsOut, for as long as the index stays as it is."""
 
     kept: dict[str | None, tuple[str, str]] = field(default_factory=dict)
+    lock: Lock = field(default_factory=Lock)  # so that who asks together does not count side by side
 
     def of(self, tenant: str | None, index: Index) -> str:
-        version = index.version()
-        if (known := self.kept.get(tenant)) is None or known[0] != version:
-            if len(self.kept) > TENANTS:
-                self.kept.clear()
-            facets = [FacetOut(**asdict(facet)) for facet in index.facets(limit=FACETS)]
-            self.kept[tenant] = known = version, FacetsOut(facets=facets).model_dump_json()
-        return known[1]
+        with self.lock:
+            version = index.version()
+            if (known := self.kept.get(tenant)) is None or known[0] != version:
+                if len(self.kept) > TENANTS:
+                    self.kept.clear()
+                facets = [FacetOut(**asdict(facet)) for facet in index.facets(limit=FACETS)]
+                self.kept[tenant] = known = version, FacetsOut(facets=facets).model_dump_json()
+            return known[1]
 
 
 def examples_of(kept: Sequence[Stored], most: int = 2) -> list[PageExample]:
