@@ -16,6 +16,7 @@ import statistics
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -37,8 +38,8 @@ from traceir.evaluation.results import describe_machine
 from traceir.files import write_whole
 from traceir.images import ImageInput
 from traceir.items import Encoding, Item, Query
-from traceir.prompts import render_asked, render_offered
-from traceir.rerank import Reranker, TraceReranker, load_reranker, rerank
+from traceir.prompts import TURN_END, render_asked, render_offered, render_shown, target_of
+from traceir.rerank import TEMPERATURE, UNREADABLE, Reranker, TraceReranker, load_reranker, rerank
 
 COMPLEX = 2
 """Steps from which a query is complex."""
@@ -105,11 +106,12 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     asked = first_stage(encoder, options)
     own = reranker.model if isinstance(reranker, TraceReranker) else None
     if own is not None:
-        own.processor.pixel_store = Remembered(encoder.model.processor)
+        own.processor.pixel_store = Remembered(copy(own.processor))
     for one in tqdm(asked, desc="reranking", file=sys.stderr, mininterval=5.0):
         reasoning = "" if options.without_reasoning else one.encoding.reasoning
         one.alone = one.scores = reranker.score(one.query, one.found, reasoning=reasoning)
-        if own is not None and (temperature := own.settings.rerank_temperature):
+        if own is not None:
+            temperature = own.settings.rerank_temperature or TEMPERATURE
             one.scores = [score + cosine / temperature for score, cosine in zip(one.alone, one.similarities, strict=True)]
     if own is not None:
         own.processor.pixel_store = None
@@ -133,7 +135,9 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         results["gains"][name] = gains(kind, options.depths) if kind else {}
         rows = dict.fromkeys(one.row for one in kind)
         results["rows"][name] = {row: gains([one for one in kind if one.row == row], options.depths) for row in rows}
-    drawn = np.random.default_rng(options.seed).permutation([n for n, one in enumerate(asked) if one.steps >= COMPLEX])
+    scored = [number for number, one in enumerate(asked) if one.steps >= COMPLEX and max(one.scores) > UNREADABLE]
+    results["reranked"] = len(scored)
+    drawn = np.random.default_rng(options.seed).permutation(scored)
     results["cost"] = cost(encoder, reranker, [asked[number] for number in drawn[: options.timed].tolist()], options.depths)
     return results
 
@@ -217,8 +221,11 @@ def cost(encoder: Encoder, reranker: Reranker, timed: Sequence[Asked], depths: S
 
 
 def tokens_read(reranker: TraceReranker, asked: Asked, depth: int) -> int:
-    """The query's once, and those of the candidates."""
+    """Those of the candidates; and of the query, once, where it is part of the prompt."""
     lay_out, version = reranker.model.processor.lay_out, reranker.model.settings.prompt_version
+    if reranker.answers is None:
+        written = target_of(asked.encoding.reasoning)
+        return sum(len(lay_out(render_shown(item, version), written, end=TURN_END)) for item in asked.found[:depth])
     offered = sum(len(lay_out(render_offered(item, version))) for item in asked.found[:depth])
     return offered + len(lay_out(render_asked(asked.query, version, asked.encoding.reasoning)))
 
@@ -252,7 +259,8 @@ def table(results: Mapping[str, Any]) -> str:
         f"`python -m benchmarks.rerank`; {about}; {results['machine']}, torch {results['torch']}. What the encoder wrote is "
         f"{part} of the prompt. R@1 in points; intervals are paired bootstraps over queries.\n",
         markdown_table(header, "l" + "r" * (len(header) - 1), [_gain_row(*row, depths) for row in rows]),
-        f"\nCost over {spent['queries']} complex queries. Encoding one by route auto takes {spent['query_ms']:.1f} ms of CPU "
+        f"\n{results['reranked']} of the complex queries were reranked, of the others nothing was computed. Cost over "
+        f"{spent['queries']} of them, drawn by the seed. Encoding one by route auto takes {spent['query_ms']:.1f} ms of CPU "
         f"alone (median) and {spent['query_tokens']:.0f} tokens.\n",
         markdown_table(
             ("reranked", "ms of CPU", "times the query alone", "times the query in a batch", "times its tokens"), "lrrrr", costs

@@ -241,6 +241,10 @@ def ready(tmp_path: Path) -> tuple[Path, Path]:
 
 def test_card_is_valid_and_says_what_the_folder_says(ready: tuple[Path, Path], tmp_path: Path) -> None:
     checkpoint, run = ready
+    assert "nested losses" not in write_card(checkpoint)
+    written = json.loads((checkpoint / "traceir.json").read_text())
+    (checkpoint / "traceir.json").write_text(json.dumps({**written, "matryoshka_dims": [32, 8]}))
+    assert "the first 32, 8 components" in write_card(checkpoint)
     scored = evaluation(tmp_path / "scored", load(checkpoint).fingerprint, row="odd|row\n---\n")
     text = write_card(checkpoint, run=run, evaluations=[scored], repo="somebody/trace-test", licence="apache-2.0")
     assert (checkpoint / "README.md").read_text() == text

@@ -210,7 +210,7 @@ def test_wrong_input_is_refused_before_a_model_is_loaded(
     monkeypatch.setitem(sys.modules, "traceir.library", None)
     index, phone = tmp_path / "index", tmp_path / "phone"
     phone.mkdir()
-    for name in ("1.heic", "2.HEIC", "film.mov"):
+    for name in ("1.psd", "2.PSD", "sound.m4a"):
         (phone / name).write_bytes(b"x")
     for words, why in (
         (("search", "--index", index), "nothing to search with"),
@@ -218,7 +218,7 @@ def test_wrong_input_is_refused_before_a_model_is_loaded(
         (("search", "--index", index, "--text", "a", "--where", "year"), "FIELD=VALUE"),
         (("search", "--index", index, "--text", "a", "--mode", "keyword", "--cutoff", "0.1"), "a cut-off judges vectors"),
         (("search", "--index", index, "--text", "a", "--minus-image", "nothere.png"), "nothere.png does not exist"),
-        (("index", "add", phone, phone / "film.mov", "--index", index), "convert images"),
+        (("index", "add", phone, phone / "sound.m4a", "--index", index), "convert images"),
         (("evaluate", "--data", gallery, "--out", tmp_path / "out", "--route", "auto,fast"), "'fast'"),
         (("explain", "--candidate", "--text", "a", "--modality", "text"), "--candidate"),
         (("train", "--preset", "emoji", "--data", gallery, "--init", "randon"), "there is no folder 'randon'"),

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from conftest import both_routes, image_of, random_model
 
+from traceir.batch import PoolingPosition
 from traceir.encoder import Encoder
-from traceir.errors import InputError
+from traceir.errors import InputError, StoreError
+from traceir.index import open_index
 from traceir.items import Encoding, Item, Query
 from traceir.model import TraceModel
 from traceir.prompts import TURN_END, render_query
+from traceir.search import Searcher
 
 
 def generate_one(model: TraceModel, query: Query, budget: int) -> tuple[np.ndarray, list[int]]:
@@ -64,6 +68,36 @@ def test_a_bypass_is_the_direct_route(queries: list[Query], position: str) -> No
     auto, direct = (encoder.encode_queries(queries, route=route) for route in ("auto", "direct"))
     bypassed = [alike(own, other) for own, other in zip(auto, direct, strict=True) if own.route == "direct"]
     assert len(bypassed) >= 6 and all(bypassed)
+
+
+@pytest.mark.parametrize("position", ["before_token", "at_token"])
+def test_narrow_vectors_are_the_first_components_scaled_and_stay_apart(
+    queries: list[Query], tmp_path: Path, position: PoolingPosition
+) -> None:
+    model = both_routes(random_model(pooling_position=position), queries)
+    with pytest.raises(InputError, match=r"have 48 .* cannot be cut to 16: its traceir.json names no shorter width"):
+        Encoder(model, dim=16)
+    model.settings = replace(model.settings, matryoshka_dims=(48, 16), closing="then")
+    whole, narrow = Encoder(model), Encoder(model, dim=16)
+    items = [Item.of(text="red cube"), Item.of(image=image_of(3))]
+    pairs = [(each.encode_queries(queries), each.encode_items(items)) for each in (whole, narrow)]
+    for full, short in zip(*([*own, *others] for own, others in pairs), strict=True):
+        assert short.vector == pytest.approx(full.vector[:16] / np.linalg.norm(full.vector[:16]), abs=1e-6)
+        assert (short.route, short.reasoning) == (full.route, full.reasoning)
+    assert (narrow.width, narrow.widths, whole.widths) == (16, (16,), (48, 16)) and narrow.fingerprint == whole.fingerprint
+    assert (
+        narrow.prompt_version == f"{whole.prompt_version}, first 16"
+        and Encoder(model, dim=48).prompt_version == whole.prompt_version
+    )
+    for dim in (0, 17, 49):
+        with pytest.raises(InputError, match=f"have 48 components and cannot be cut to {dim}: it was trained for 48, 16"):
+            Encoder(model, dim=dim)
+    for filled, other, remedy in ((narrow, whole, "--dim 16"), (whole, narrow, "--dim 48")):
+        with open_index(tmp_path / remedy, filled, create=True) as index:
+            Searcher(filled, index).add([Item.of(text="red", id="a")])
+            assert f"first {filled.width}" in index.info().prompt_version or filled is whole
+        with pytest.raises(StoreError, match=remedy):
+            open_index(tmp_path / remedy, other)
 
 
 def test_at_token_reads_one_state_later_and_last_never_writes(queries: list[Query]) -> None:

@@ -122,15 +122,16 @@ def test_items_of_every_modality_equal_the_in_process_encoder_in_every_layout_of
     assert engine.encode_items([]) == [] and engine.encode_queries([]) == []
 
 
-@pytest.mark.parametrize("closing", ["", "so a red cube"])
-def test_a_spent_budget_equals_the_in_process_encoder(
-    fake: FakeSGLang, encoder: Encoder, asked: list[Query], tmp_path: Path, closing: str
+@pytest.mark.parametrize(("closing", "dim"), [("", None), ("so a red cube", 32)])
+def test_a_spent_budget_and_narrow_vectors_equal_the_in_process_encoder(
+    fake: FakeSGLang, encoder: Encoder, asked: list[Query], tmp_path: Path, closing: str, dim: int | None
 ) -> None:
     fake.reset()
-    whole = without_safetensors(tmp_path / "mini", closing=closing)
-    with make(fake, whole, max_reasoning_tokens=3) as engine:
+    whole = without_safetensors(tmp_path / "mini", closing=closing, matryoshka_dims=[128, 32])
+    with make(fake, whole, max_reasoning_tokens=3, dim=dim) as engine:
         shutil.copy(bundled_model() / "model.safetensors", whole)
-        oracle = Encoder.from_pretrained(whole, max_reasoning_tokens=3).encode_queries(asked)
+        oracle = Encoder.from_pretrained(whole, max_reasoning_tokens=3, dim=dim).encode_queries(asked)
+        assert (engine.width, engine.prompt_version) == (dim or 128, "brief-1, first 32" if dim else "brief-1")
         assert any(encoding.truncated for encoding in oracle)
         encodings = engine.encode_queries(asked)
         assert_same(encodings, oracle)

@@ -73,24 +73,32 @@ def plain_gradients(model: TraceModel, objective: Objective, rows: list[Example]
     if batch.candidates:
         query = hidden[own, queries.batch.pooling_index][queries.rows.argsort()]
         candidate = model.hidden(batch.candidates[0].batch)[:, -1][batch.candidates[0].rows.argsort()]
-        scores = functional.normalize(query, dim=-1) @ functional.normalize(candidate, dim=-1).T / 0.1
         left_out = batch.collision_BN.clone()
         left_out[own, own] = False
-        loss = loss + objective.lambda_ret * functional.cross_entropy(scores.masked_fill(left_out, float("-inf")), own)
+        for width, weight in (objective.widths or {query.shape[1]: 1.0}).items():
+            scores = functional.normalize(query[:, :width], dim=-1) @ functional.normalize(candidate[:, :width], dim=-1).T / 0.1
+            contrast = functional.cross_entropy(scores.masked_fill(left_out, float("-inf")), own)
+            loss = loss + objective.lambda_ret * weight * contrast
     loss.backward()
     return {f"network.{name}": p.grad.clone() for name, p in model.network.named_parameters() if p.grad is not None}
 
 
 @pytest.mark.parametrize("cache", [True, False])
-@pytest.mark.parametrize("rows", [examples(negatives=2), pretraining()], ids=["pairs", "pretraining"])
-def test_gradients_equal_those_of_the_loss_written_out(double: TraceModel, rows: list[Example], cache: bool) -> None:
-    objective, batch = Objective(lambda_gen=0.7, lambda_ret=1.3), batch_of(double, rows, 60)
+@pytest.mark.parametrize(
+    ("rows", "widths"),
+    [(examples(negatives=2), {}), (examples(negatives=2), {32: 1.0, 8: 0.5, 4: 2.0}), (pretraining(), {})],
+    ids=["pairs", "nested", "pretraining"],
+)
+def test_gradients_equal_those_of_the_loss_written_out(
+    double: TraceModel, rows: list[Example], widths: dict[int, float], cache: bool
+) -> None:
+    objective, batch = Objective(lambda_gen=0.7, lambda_ret=1.3, widths=widths), batch_of(double, rows, 60)
     assert len(batch.queries) > 1 and len(batch.candidates) != 1, "several chunks a side"
     assert furthest(gradients(double, batch, objective, cache=cache), plain_gradients(double, objective, rows)) < 1e-9
 
 
 def test_every_term_has_one_gradient_with_and_without_the_cache_and_under_dropout(double: TraceModel) -> None:
-    objective = Objective(symmetric=True, distil=0.5, direct_ret=0.5)
+    objective = Objective(symmetric=True, distil=0.5, direct_ret=0.5, widths={32: 1.0, 8: 1.0})
     text, batch = double.network.model.language_model, batch_of(double, examples(negatives=1))
     hooks = [layer.mlp.register_forward_hook(lambda _, __, out: functional.dropout(out, 0.3)) for layer in text.layers]
     try:
@@ -117,6 +125,9 @@ def test_a_loss_that_is_refused_leaves_no_gradient(double: TraceModel) -> None:
     assert all(parameter.grad is None for parameter in reader.parameters())
 
 
+NESTED = Objective(symmetric=True, widths={32: 1.0, 8: 0.5})
+
+
 def worker(rank: int, world: int, folder: Path) -> None:
     """One of two processes: DDP around the Reader, then shards of it, cached and uncached; the first writes the gradients."""
     import torch.distributed as dist
@@ -137,7 +148,7 @@ def worker(rank: int, world: int, folder: Path) -> None:
             reader.zero_grad(set_to_none=True)
             wrapped = reader if sharded else DistributedDataParallel(reader, broadcast_buffers=False)
             ranks = Distribution(rank, world, even=True) if sharded else Distribution(rank, world, wrapped.no_sync)
-            losses = step(wrapped, batch, Objective(symmetric=True), cache=cache, ranks=ranks)
+            losses = step(wrapped, batch, NESTED, cache=cache, ranks=ranks)
             held = {name: fetched(p.grad, keep=True) for name, p in reader.named_parameters() if p.grad is not None}
             if rank == 0:
                 held = {name: gradient.contiguous() for name, gradient in held.items()}
@@ -155,7 +166,7 @@ def test_two_processes_have_the_gradient_of_one(double: TraceModel, tmp_path: Pa
         process.join(timeout=120)
     assert [process.exitcode for process in running] == [0, 0]
     batch = batch_of(double, examples(negatives=2))
-    alone = gradients(double, batch, Objective(symmetric=True), cache=True, learn=True)
+    alone = gradients(double, batch, NESTED, cache=True, learn=True)
     alone["gen"] = torch.tensor(step(Reader(double, 0.1), batch, Objective(), cache=True)["gen"])
     for file in sorted(tmp_path.glob("*.safetensors")):
         joint = load_file(file)

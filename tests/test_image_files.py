@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 import struct
 from io import BytesIO
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -151,9 +150,5 @@ def test_a_file_of_nothing_but_segments_is_given_up_early(monkeypatch: pytest.Mo
             assert (extent_of(data).end == len(data)) is read
 
 
-def test_formats_names_and_types_are_one_table() -> None:
-    static = Path(image_formats.__file__).parent / "serve/static"
-    kinds = [known.media_type for known in FORMATS.values()]
-    assert f'accept="{",".join(kinds)}"' in (static / "index.html").read_text()
-    assert all(f'"{kind}": ' in (static / "composer.js").read_text() for kind in kinds)
+def test_every_suffix_of_a_format_is_read() -> None:
     assert {suffix for suffix, name in Image.registered_extensions().items() if name in (*FORMATS, "MPO")} <= SUFFIXES

@@ -25,7 +25,8 @@ from traceir.index import Eq, SqliteIndex, open_index
 from traceir.index.sql import read_number
 from traceir.ingest import AddReport, add
 from traceir.items import Item
-from traceir.sources import FILE_FIELD, MAX_TEXT_BYTES, Failure, Source, find_sources
+from traceir.records import MAX_TEXT_BYTES
+from traceir.sources import FILE_FIELD, Failure, Source, find_sources
 
 
 def opened(folder: Path) -> SqliteIndex:
@@ -150,7 +151,9 @@ def test_lines_with_text_image_and_fields(gallery: Path, into: Adding) -> None:
         assert into.fields("one") == fields
     file = gallery / "a.JPG"  # as an index of an older release keeps it
     into.index.upsert([Item.of(image=file, id="a.JPG", fields={"file": str(file)})], np.eye(1, 16, dtype=np.float32))
-    assert into.count(file) == (0, 1, 0, 0) and into.fields("a.JPG") == {FILE_FIELD: str(file.resolve())}
+    assert into.count(file) == (0, 1, 0, 0) and into.fields("a.JPG") == {
+        **{FILE_FIELD: str(file.resolve()), "width": 8, "height": 8}
+    }
 
 
 BAD_LINES: list[tuple[Any, str]] = [
@@ -244,27 +247,26 @@ def test_what_a_folder_leaves_out_is_counted_by_suffix_and_a_named_file_is_judge
     root, empty, hidden = tmp_path / "phone", tmp_path / "empty", tmp_path / "hidden"
     for folder in (root, empty, hidden / ".git"):
         folder.mkdir(parents=True)
-    for name in ("1.heic", "2.HEIC", "a.mov", "table.csv", "more.jsonl", "README", ".hidden"):
+    for name in ("1.psd", "2.PSD", "a.m4a", "table.csv", "more.jsonl", "README", ".hidden"):
         (root / name).write_bytes(b"x")
     (root / "link").symlink_to(tmp_path, target_is_directory=True)
     report = into(root, empty, hidden)
     assert counts(report) == (0, 0, 0, 3) and report.notes == []
     reason, of_empty, of_hidden = (failure.reason for failure in report.failed)
-    left_out = "2 .heic, 1 without a suffix, 1 .csv, 1 .jsonl, 1 .mov, 1 linked folder"
-    for part in (f"({left_out}, 1 hidden)", ".jpg", ".txt", "convert images", "frames of videos", "write tables as .jsonl",
-                 "and .jsonl where"):  # fmt: skip
+    left_out = "2 .psd, 1 without a suffix, 1 .csv, 1 .jsonl, 1 .m4a, 1 linked folder"
+    for part in (f"({left_out}, 1 hidden)", ".jpg", ".txt", "convert images", "sound is not read", "and .csv where"):
         assert part in reason
     assert "it is empty" in of_empty and "1 hidden" in of_hidden
     data = paint(root / "sub" / "one.PNG", 3).read_bytes()
     report = into(root, progress=True)
     assert counts(report) == (1, 0, 0, 0) and [note.what.partition(";")[0] for note in report.notes] == [f"left out: {left_out}"]
     good = [tmp_path / name for name in ("photo.heic", "photo", "photo.jpg", "PHOTO.TIFF")]  # a file that is named is read
-    bad = [tmp_path / name for name in ("real.heic", "table.csv", "film.mp4", "paper.pdf", "nothing", "cut.jpg")]
+    bad = [tmp_path / name for name in ("real.heic", "table.csv", "film.mp4", "paper.pdf", "sheet.xlsx", "nothing", "cut.jpg")]
     for path in (*good, *bad):
         path.write_bytes(data if path in good else b"no image")
     report = into(*good, *bad)
-    assert counts(report) == (4, 0, 0, 6) and {failure.location for failure in report.failed} == set(map(str, bad))
-    assert "write tables as .jsonl" in failures(tmp_path / "table.csv")[str(tmp_path / "table.csv")]
+    assert counts(report) == (4, 0, 0, 7) and {failure.location for failure in report.failed} == set(map(str, bad))
+    assert "no column `id`" in failures(tmp_path / "table.csv")[str(tmp_path / "table.csv")]
 
 
 def test_a_folder_without_rights_fails_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

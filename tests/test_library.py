@@ -376,13 +376,13 @@ def test_truncated_vectors_are_the_library_s_and_another_index(
     assert run("search", TEXT, "--index", index, "--model", gemma, "--dim", 8) == 0
     capsys.readouterr()
     for arguments, message in (
-        ((), "first 8"),
-        (("--dim", 16), "first 16"),
+        ((), "width 8, not 32; use the same encoder, at this width (--dim 8)"),
+        (("--dim", 16), "width 8, not 16"),
         (("--dim", 64), "have 32 components and cannot be truncated to 64"),
     ):
         assert run("search", TEXT, "--index", index, "--model", gemma, *arguments) == 2
         assert message in capsys.readouterr().err
-    with pytest.raises(InputError, match="cannot be truncated to 8; only models of sentence-transformers"):
+    with pytest.raises(InputError, match=r"have 128 components and cannot be cut to 8: its traceir\.json names no"):
         load_encoder(dim=8)
 
 

@@ -121,6 +121,8 @@ def test_settings_are_overridden_by_name(tmp_path: Path, caplog: pytest.LogCaptu
         ('{"format": 1, "colour": 1}', "colour"),
         ('{"format": 1, "read_out": "mean"}', "'mean'.*before_token, at_token, last"),
         ('{"format": 1, "prompt_version": "trace-9"}', "trace-1, brief-1"),
+        ('{"format": 1, "matryoshka_dims": ["64"]}', "no list of widths"),
+        ('{"format": 1, "matryoshka_dims": 64}', "no list of widths"),
     ],
 )
 def test_broken_settings_name_file_and_field(model: TraceModel, tmp_path: Path, content: str, message: str) -> None:

@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from conftest import image_of
 from PIL import Image
 from starlette.testclient import TestClient
 
+from traceir.cursor import MAX_SHOWN
 from traceir.encoder import Encoder
 from traceir.images import ImageInput
 from traceir.index import filters, open_index
@@ -28,6 +30,7 @@ from traceir.index.filters import MAX_NAME_BYTES
 from traceir.index.store import MAX_ID_BYTES
 from traceir.ingest import add
 from traceir.items import Item, Query
+from traceir.retrieval import MAX_WEIGHT
 from traceir.search import Searcher
 from traceir.serve import bodies, schemas, service, strict, uploads
 from traceir.serve.app import Server
@@ -122,6 +125,16 @@ def close(actual: Any, wanted: np.ndarray) -> bool:
 
 
 # Answers
+
+
+def test_embeddings_have_the_dimensions_asked_for(caller: Caller, encoder: Encoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(encoder.model, "settings", replace(encoder.model.settings, matryoshka_dims=(128, 32)))
+    [whole] = caller.good("POST", "/v1/embeddings", {"input": "a"})["data"]
+    [narrow] = caller.good("POST", "/v1/embeddings", {"input": "a", "dimensions": 32})["data"]
+    first = np.asarray(whole["embedding"])[:32]
+    assert len(whole["embedding"]) == 128 and narrow["embedding"] == pytest.approx(first / np.linalg.norm(first), abs=1e-6)
+    status, answer = caller.post("/v1/embeddings", {"input": "a", "dimensions": 64})
+    assert status == 400 and "vectors have 128, 32 components" in str(answer)
 
 
 def test_search_finds_what_the_searcher_finds(caller: Caller, encoder: Encoder) -> None:
@@ -650,6 +663,8 @@ def test_the_limits_in_the_docs_are_those_of_the_code() -> None:
         "fields of an item": fields,
         "`where`": [schemas.MAX_FIELDS, schemas.MAX_VALUES, filters.MAX_VALUES, filters.MAX_TEXT_BYTES >> 20],
         "`k`, `offset`, `limit`": [schemas.MAX_K, schemas.MAX_OFFSET, schemas.MAX_K],
+        "`terms`, `after`": [schemas.MAX_TERMS, int(MAX_WEIGHT), int(MAX_WEIGHT), MAX_SHOWN],
+        "`where`, `sort`, `after` of `GET /items`": [schemas.MAX_QUERY],
         "hits or items of an answer": [bodies.MAX_ANSWER >> 20],
         "`ids` of `DELETE /items`": [schemas.MAX_K],
         "image": [uploads.LIMITS.file_bytes >> 20, uploads.LIMITS.pixels // 10**6, uploads.LIMITS.pixels // 10**6 // 4, 2048],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -128,6 +129,17 @@ def test_sentence_transformers_gives_our_vectors(model: TraceModel, tmp_path: Pa
         assert costs == [(encoding.tokens, encoding.route == "reason") for encoding in wanted]
         assert np.abs(library.similarity(ours, items).numpy() - ours @ items.T).max() < 1e-5
     assert library.get_embedding_dimension() == encoder.width
+    nested = TraceModel(model.network, model.processor, replace(model.settings, matryoshka_dims=(48, 16)))
+    folder = save(nested, tmp_path / "nested")
+    short = as_sentence_transformer(folder, truncate_dim=16)
+    assert (short.truncate_dim, short.get_embedding_dimension()) == (16, 16)
+    cut = items[:, :16] / np.linalg.norm(items[:, :16], axis=1, keepdims=True)
+    assert np.abs(short.encode_document(inputs) - cut).max() < 1e-6
+    assert TraceEncoder("traceir/nested", source=folder, embed_dim=16).encoder.width == 16
+    with pytest.raises(InputError, match="trained for 48, 16"):
+        as_sentence_transformer(folder, truncate_dim=17)
+    with pytest.raises(InputError, match="make it with dim"):
+        as_sentence_transformer(encoder, truncate_dim=16)
 
 
 def test_sentence_transformers_is_refused_what_we_cannot_do(model: TraceModel) -> None:

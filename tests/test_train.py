@@ -37,7 +37,7 @@ from traceir.model import load, merge, save
 from traceir.precision import Speed, bfloat16_on
 from traceir.train.batches import TrainBatches
 from traceir.train.config import TrainConfig, settled
-from traceir.train.losses import distillation_loss, generation_loss, retrieval_loss
+from traceir.train.losses import distillation_loss, generation_loss, nested_retrieval_loss, retrieval_loss
 from traceir.train.train import train
 
 slow = pytest.mark.slow
@@ -97,6 +97,18 @@ def test_retrieval_loss_by_hand() -> None:
         (retrieval_loss(query, candidate, 0.5, shared), rows[1] / 2),  # its own counts, whatever it collides with
     ):
         assert loss.item() == pytest.approx(wanted, abs=1e-6)
+
+
+def test_nested_loss_is_the_weighted_sum_over_first_components() -> None:
+    query, candidate = torch.tensor([[3.0, 0.0, 4.0], [0.0, 2.0, 0.0]]), torch.tensor([[1.0, 0.0, 0.0], [1.0, 1.0, 9.0]])
+    half = math.sqrt(2.0)  # half a right angle over 0.5
+    first_two = (nll(2, half) + nll(half, 0)) / 2  # [1, 0] and [0, 1] against [1, 0] and [1, 1] / sqrt 2
+    whole = retrieval_loss(query, candidate, 0.5).item()
+    nested = nested_retrieval_loss(query, candidate, 0.5, widths={3: 1.0, 2: 0.25})
+    assert nested.item() == pytest.approx(whole + 0.25 * first_two, abs=1e-6)
+    assert nested_retrieval_loss(query, candidate, 0.5, widths={}).item() == pytest.approx(whole)
+    left_out, rows = torch.tensor([[False, True], [False, False]]), torch.tensor([True, False])
+    assert nested_retrieval_loss(query, candidate, 0.5, left_out, widths={2: 1.0}, rows_B=rows).item() == pytest.approx(0.0)
 
 
 def test_generation_and_distillation_by_hand() -> None:
@@ -168,6 +180,12 @@ def test_names_of_earlier_releases_are_read_and_settings_that_never_ran_refused(
         ({"temperature": 0.0}, "temperature is 0.0"),
         ({"mixed_precision": "yes"}, "choose auto, True or False"),
         ({"cot": "most"}, "most"),
+        ({"matryoshka_dims": (16, 16)}, "each width once"),
+        ({"matryoshka_dims": (0,)}, "each width once"),
+        ({"matryoshka_dims": (16, 8), "matryoshka_weights": (1.0,)}, "a weight for each or none"),
+        ({"matryoshka_dims": (16,), "matryoshka_weights": (0.0,)}, "above 0"),
+        ({"matryoshka_dims": (16,), "teach": "pretraining"}, "this run has none"),
+        ({"matryoshka_dims": (64,)}, "names 64, and vectors of this model have 32"),
         ({"report_to": ("nosuchtracker",)}, "nosuchtracker"),
         ({"weights": {"nosuch_task9": 1.0}}, "nosuch_task9"),
         ({"shard": True}, "this is the only one; start it with torchrun"),
@@ -428,6 +446,19 @@ def test_the_tracker_gets_every_line_of_the_log_and_epochs_decide_the_steps(fold
     norms = {event.step: event.value for event in logged.Scalars("train/norm")}
     assert norms == {line["step"]: pytest.approx(line["norm"], abs=2e-6) for line in log_of(tmp_path / "run")}
     assert json.loads((tmp_path / "run/meta.json").read_text())["config"]["steps"] == 6, "21 pairs, twice, 8 a step"
+
+
+@slow
+def test_a_checkpoint_names_the_widths_that_it_was_trained_for_last(folder: Path, tmp_path: Path) -> None:
+    nested = train(config(folder, tmp_path / "nested", steps=2, matryoshka_dims=(8, 16), matryoshka_weights=(0.5, 1.0)))
+    assert load(nested).settings.matryoshka_dims == (32, 16, 8)
+    assert Encoder.from_pretrained(nested, dim=8).encode_items([Item.of(text="x")])[0].vector.shape == (8,)
+    lora = {"init": str(nested), "steps": 1, "lora_rank": 2, "lora_alpha": 4}
+    for name, dims, known in (("again", (16,), (32, 16)), ("plain", (), ())):
+        adapter = train(config(folder, tmp_path / name, **lora, matryoshka_dims=dims))
+        assert load(adapter).settings.matryoshka_dims == known
+        assert load(merge(adapter, tmp_path / f"{name}-merged")).settings.matryoshka_dims == known
+    assert "matryoshka_dims" not in (tmp_path / "plain-merged/traceir.json").read_text(), "earlier releases read it"
 
 
 @slow

@@ -8,8 +8,10 @@ from collections.abc import Mapping
 from io import BytesIO
 
 import numpy as np
+import pillow_heif
 from PIL import Image
 
+pillow_heif.register_heif_opener()
 SHORT, LONG, FLOAT = 3, 4, 11
 _FORMS = {SHORT: "H", LONG: "I", FLOAT: "f"}
 Tags = Mapping[int, tuple[int, tuple[float, ...]]]

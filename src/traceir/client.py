@@ -343,7 +343,8 @@ def _encoding(entry: Any) -> Encoding:
 def _read(kind: type[Read], entry: Any) -> Read:
     """A dataclass from the fields of the same names of a JSON object; ModelError where it has not those that are needed."""
     try:
-        wanted = {field.name: field.default is MISSING for field in fields(kind)}  # type: ignore[arg-type]  # always a dataclass
+        declared = fields(kind)  # type: ignore[arg-type]  # always a dataclass
+        wanted = {field.name: field.default is MISSING and field.default_factory is MISSING for field in declared}
         return kind(**{name: entry[name] for name, needed in wanted.items() if needed or name in entry})
     except (KeyError, TypeError) as error:
         why = f"cannot be read: {str(entry)[:80]!r}; is it `traceir serve` of the same release?"

@@ -57,11 +57,12 @@ class Decoder:
     """The steps of encoding over one TraceModel; rows bear numbers of the caller.
 
     `budget` is the most tokens a row may write. `threshold`, if given, bypasses reasoning wherever P(`<|emb|>`) at the first
-    step reaches it, instead of asking for the arg-max. A DecodeBatch belongs to one thread at a time.
+    step reaches it, instead of asking for the arg-max. `dim`: components that are kept of a vector. A DecodeBatch belongs to one
+    thread at a time.
     """
 
-    def __init__(self, model: TraceModel, budget: int, threshold: float | None) -> None:
-        self.model, self.budget, self.threshold = model, budget, threshold
+    def __init__(self, model: TraceModel, budget: int, threshold: float | None, dim: int | None = None) -> None:
+        self.model, self.budget, self.threshold, self.dim = model, budget, threshold, dim
         profile = model.settings.profile
         self.writes_on = profile is not None and profile.writes_on
         self.at_token = model.settings.pooling_position == "at_token"
@@ -71,7 +72,7 @@ class Decoder:
         """Rows that end where they are pooled (Processor.forced); their P(`<|emb|>`) where asked for, else 1."""
         batch = self.model.processor.collate(layouts).to(self.model.device)
         hidden_BTD = self.model.hidden(batch)
-        vectors = _unit(hidden_BTD[torch.arange(len(layouts), device=hidden_BTD.device), batch.pooling_index])
+        vectors = self._unit(hidden_BTD[torch.arange(len(layouts), device=hidden_BTD.device), batch.pooling_index])
         known = [1.0] * len(layouts)
         if asked := [row for row, wanted in enumerate(probability) if wanted]:
             predicting = batch.pooling_index - 1 if self.at_token else batch.pooling_index
@@ -101,7 +102,7 @@ class Decoder:
         logits_BV[~bypass_B, emb] = float("-inf")
         logits_BV[bypass_B, emb] = float("inf")
         probability = probability_B.tolist()
-        vectors = _unit(state_BD)
+        vectors = self._unit(state_BD)
         done = [] if self.at_token else torch.nonzero(bypass_B).flatten().tolist()
         finished = [(numbers[row], _direct(vectors[row], probability[row])) for row in done]
         keep = torch.nonzero(~bypass_B | self.at_token).flatten()
@@ -126,7 +127,7 @@ class Decoder:
         chosen_B = self.model.logits(state_BD).argmax(dim=-1)
         fed, chosen = batch.next_B.tolist(), chosen_B.tolist()
         pooled = [index for index, token in enumerate(fed if self.at_token else chosen) if token == emb]
-        for index, vector in zip(pooled, _unit(state_BD[pooled]) if pooled else (), strict=True):
+        for index, vector in zip(pooled, self._unit(state_BD[pooled]) if pooled else (), strict=True):
             batch.rows[index].vector = vector.copy()
         live: list[int] = []
         finished: Finished = []
@@ -155,7 +156,7 @@ class Decoder:
         ended: Ended = None
         if vector is None:
             ended = "turn" if chosen == self.model.processor.special[TURN_END] else "budget"
-            vector = self._close(batch, index, closing) if closing else _unit(state_BD[index : index + 1])[0]
+            vector = self._close(batch, index, closing) if closing else self._unit(state_BD[index : index + 1])[0]
         written = [token for token in row.written if token != self.model.processor.emb_id]
         taken: TakenRoute = "reason" if written else "direct"
         return Encoding(vector, taken, self.text_of(row), len(written), row.probability, ended is not None, ended=ended)
@@ -174,7 +175,7 @@ class Decoder:
             mask_BT = functional.pad(mask_BT, (0, 1), value=1)
             fed_B, position_B = torch.tensor([token], device=device), torch.tensor([position], device=device)
             state_BD = self.model.step(fed_B, position_B, mask_BT, cache)
-        vector: Vector = _unit(state_BD)[0]
+        vector: Vector = self._unit(state_BD)[0]
         return vector
 
     def text_of(self, row: DecodeRow) -> str:
@@ -183,6 +184,11 @@ class Decoder:
 
     def _emb_probability(self, logits_BV: torch.Tensor) -> torch.Tensor:
         return torch.softmax(logits_BV.float(), dim=-1)[:, self.model.processor.emb_id]
+
+    def _unit(self, state_BD: torch.Tensor) -> Vector:
+        """Rows of unit length [B, D], or [B, dim]; copy a row to keep it, since a view keeps all rows in memory."""
+        vectors: Vector = functional.normalize(state_BD[:, : self.dim].float(), dim=-1).cpu().numpy()
+        return vectors
 
 
 @torch.inference_mode()
@@ -239,9 +245,3 @@ def _recurs(layer: Any) -> bool:
 
 def _direct(vector: Vector, probability: float) -> Encoding:
     return Encoding(vector.copy(), "direct", "", 0, probability, False)
-
-
-def _unit(state_BD: torch.Tensor) -> Vector:
-    """Rows of unit length [B, D]; copy a row to keep it, since a view keeps all rows in memory."""
-    vectors: Vector = functional.normalize(state_BD.float(), dim=-1).cpu().numpy()
-    return vectors

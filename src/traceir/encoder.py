@@ -30,8 +30,9 @@ class Encoder:
 
     `token_budget` bounds the padded tokens of one prefill batch, `decode_rows` the rows that decode together, `batch_rows` the
     rows of a prefill. `threshold`, if given, bypasses reasoning wherever P(`<|emb|>`) at the first step reaches it, instead of
-    asking for the arg-max: lower is faster, 1 never bypasses. Greedy and deterministic; a batch of n equals n singles up to
-    floating-point rounding. Thread-safe.
+    asking for the arg-max: lower is faster, 1 never bypasses. `dim` keeps the first so many components of each vector, scaled to
+    unit length again; InputError for a width that the checkpoint was not trained for. Greedy and deterministic; a batch of n
+    equals n singles up to floating-point rounding. Thread-safe.
     """
 
     def __init__(
@@ -43,11 +44,13 @@ class Encoder:
         decode_rows: int = 128,
         max_reasoning_tokens: int | None = None,
         threshold: float | None = None,
+        dim: int | None = None,
     ) -> None:
         if threshold is not None and not 0.0 <= threshold <= 1.0:
             raise InputError(f"threshold {threshold} is not a probability; give a value in [0, 1]")
         self.model, self.threshold = model, threshold
-        self.width = model.width
+        self.dim = model.settings.checked_dim(dim, model.width)
+        self.width = self.dim or model.width
         self.world: World | None = model.settings.world
         """The only things that the model knows; None for a model without such bounds."""
         self.token_budget, self.batch_rows, self.decode_rows = token_budget, batch_rows, decode_rows
@@ -73,12 +76,12 @@ class Encoder:
 
     @property
     def prompt_version(self) -> str:
-        """Prompt version, and the pooling position where it is not the usual one, or the profile: they change every vector."""
-        settings = self.model.settings
-        if settings.profile is not None:
-            return settings.profile.version
-        usual = settings.pooling_position == "before_token"
-        return settings.prompt_version if usual else f"{settings.prompt_version}, read {settings.pooling_position}"
+        return self.model.settings.vector_version(self.dim)
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """What its vectors may be cut to: those that the checkpoint was trained for."""
+        return self.model.settings.widths(self.width)
 
     @property
     def vector_settings(self) -> dict[str, str | int | float | None]:
@@ -115,7 +118,7 @@ class Encoder:
 
     def decoder(self) -> Decoder:
         """The steps of encoding, for whoever schedules them."""
-        return Decoder(self.model, self.budget, self.threshold)
+        return Decoder(self.model, self.budget, self.threshold, self.dim)
 
     def _encode(self, prompts: Sequence[Prompt], route: Route, progress: bool) -> list[Encoding]:
         lay_out = self.model.processor.forced if route == "direct" else self.model.processor.lay_out

@@ -6,6 +6,7 @@ image of a stereo camera) are no part of it. Formats are named as Pillow names t
 
 from __future__ import annotations
 
+import importlib
 import math
 import re
 from collections.abc import Callable, Mapping
@@ -13,7 +14,10 @@ from dataclasses import dataclass
 from io import BytesIO
 from typing import Any, Final
 
-from PIL import Image, ImageFile, JpegImagePlugin, TiffImagePlugin
+from PIL import Image, ImageFile, JpegImagePlugin, TiffImagePlugin, UnidentifiedImageError
+
+from traceir.errors import ImageError
+from traceir.media.file import package
 
 MAX_SCANS: Final = 64
 """Scans of a JPEG; ten are usual. Each is a pass over all pixels, so a small file of thousands of them would take minutes."""
@@ -46,7 +50,14 @@ FORMATS: Final = {
     "GIF": Format((".gif",), "image/gif"),
     "BMP": Format((".bmp",), "image/bmp"),
     "TIFF": Format((".tif", ".tiff"), "image/tiff"),
+    "HEIF": Format((".heic", ".heif", ".hif", ".heics", ".heifs"), "image/heic"),
+    "AVIF": Format((".avif", ".avifs"), "image/avif"),
 }
+_OF_PILLOW: Final = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
+_HEIF_BRANDS: Final = frozenset(
+    (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs", b"mif1", b"msf1", b"mif2")
+)
+_BOXES: Final = frozenset((b"ftyp", b"meta", b"mdat", b"moov", b"free", b"skip", b"uuid", b"wide"))
 SUFFIXES: Final = frozenset(suffix for known in FORMATS.values() for suffix in known.suffixes)
 
 
@@ -65,11 +76,34 @@ def open_image(data: bytes) -> ImageFile.ImageFile:
     if data.startswith(JPEG_START):
         # Not by Image.open, which makes another format of a JPEG that has a second one behind it.
         return JpegImagePlugin.JpegImageFile(BytesIO(data))
-    image = Image.open(BytesIO(data), formats=tuple(FORMATS))
+    if brands := _brands(data):
+        return _open_boxed(data, brands)
+    image = Image.open(BytesIO(data), formats=_OF_PILLOW)
     if image.format == "PNG" and "transparency" in image.info:
         _scale_transparent_sample(image, depth=data[24])
     if isinstance(image, TiffImagePlugin.TiffImageFile):
         _read_planes_whole(image)
+    return image
+
+
+def _brands(data: bytes) -> set[bytes]:
+    """What an ISO media file (ISO/IEC 14496-12) is by its own words; nothing of a file of another kind."""
+    end = int.from_bytes(data[:4], "big")
+    return {data[8:12], *(data[start : start + 4] for start in range(16, min(end, 256), 4))} if data[4:8] == b"ftyp" else set()
+
+
+def _open_boxed(data: bytes, brands: set[bytes]) -> ImageFile.ImageFile:
+    """AVIF by Pillow, HEIC by pillow-heif, which turn 10 and 12 bits to 8; of a sequence, the primary image."""
+    if not brands.isdisjoint((b"avif", b"avis")):
+        try:
+            from PIL import AvifImagePlugin
+        except ImportError as error:
+            raise ImageError("AVIF needs a newer Pillow; pip install -U 'pillow>=11.3'") from error
+        return AvifImagePlugin.AvifImageFile(BytesIO(data))
+    if brands.isdisjoint(_HEIF_BRANDS):
+        raise UnidentifiedImageError(f"its brands are {', '.join(sorted(map(repr, brands)))}")
+    plugin: Any = importlib.import_module("pillow_heif.as_plugin") if package("pillow_heif", "HEIC") else None
+    image: ImageFile.ImageFile = plugin.HeifImageFile(BytesIO(data))
     return image
 
 
@@ -113,6 +147,8 @@ def is_cut(image: ImageFile.ImageFile, size: int) -> bool:
 
 def extent_of(data: bytes) -> Extent:
     """Where the file's own structure ends. BMP and TIFF have no end of their own: `is_cut`, and their decoders, find the rest."""
+    if data[4:8] == b"ftyp":
+        return _walk_boxes(data)
     walk = next((walk for start, walk in _WALKS.items() if data.startswith(start)), None)
     if walk is not None:
         return walk(data)
@@ -177,6 +213,24 @@ def _walk_png(data: bytes) -> Extent:
         if offset > len(data):
             break
         if kind == b"IEND":
+            return Extent(offset)
+    return Extent(None)
+
+
+def _walk_boxes(data: bytes) -> Extent:
+    """From box to box. What phones append may be no box: after the one that describes the pictures, only known ones count."""
+    offset, seen = 0, set()
+    for _ in range(MAX_PARTS):
+        size, kind = int.from_bytes(data[offset : offset + 4], "big"), data[offset + 4 : offset + 8]
+        if size == 1:
+            size = int.from_bytes(data[offset + 8 : offset + 16], "big")
+        if kind not in _BOXES and b"meta" in seen:
+            return Extent(offset)
+        offset = len(data) if size == 0 and kind == b"mdat" else offset + size
+        if size in range(1, 8) or offset > len(data) or (size == 0 and kind != b"mdat"):
+            break
+        seen.add(kind)
+        if offset == len(data):
             return Extent(offset)
     return Extent(None)
 

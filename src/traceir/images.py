@@ -6,6 +6,7 @@ import base64
 import contextlib
 import ctypes
 import hashlib
+import math
 import os
 import re
 import stat
@@ -23,9 +24,16 @@ from PIL import Image, ImageFile, UnidentifiedImageError
 
 from traceir.errors import ImageError
 from traceir.image_formats import FORMATS, MAX_SCANS, Format, decodable, extent_of, is_cut, largest_block, open_image
-from traceir.image_formats import SUFFIXES as SUFFIXES
+from traceir.image_formats import SUFFIXES as PLAIN_SUFFIXES
 from traceir.image_modes import as_rgb, is_deep
+from traceir.media.metadata import Fields, image_fields, raw_fields
+from traceir.media.part import PDF_SUFFIXES, FilePart, part_of
+from traceir.media.raw import MAX_FILE_BYTES as MAX_RAW_BYTES
+from traceir.media.raw import SUFFIXES as RAW_SUFFIXES
+from traceir.media.raw import preview
+from traceir.media.video import SUFFIXES as FILM_SUFFIXES
 
+SUFFIXES: Final = PLAIN_SUFFIXES | RAW_SUFFIXES
 MAX_PIXELS: Final = 64_000_000
 MAX_FILE_BYTES: Final = 64 * 1024 * 1024
 MAX_ASPECT_RATIO: Final = 200.0
@@ -48,7 +56,7 @@ _UPRIGHT: Final = {
 _TOO_LARGE: Final = (Image.DecompressionBombError, Image.DecompressionBombWarning)
 _DECODER_ERRORS: Final = (
     *(OSError, SyntaxError, ValueError, TypeError, LookupError, EOFError, OverflowError, NotImplementedError),
-    *(AttributeError, struct.error, zlib.error, *_TOO_LARGE),
+    *(AttributeError, RuntimeError, struct.error, zlib.error, *_TOO_LARGE),
 )
 """What Pillow's decoders raise on damaged input; OSError includes UnidentifiedImageError."""
 
@@ -92,7 +100,7 @@ class _Memory:
 
 
 _WORTH_TRIMMING: Final = 64 * 1024 * 1024
-_BYTES_OF_PIXEL: Final = {"JPEG": 12, "PNG": 8, "WEBP": 16, "GIF": 8, "BMP": 8, "TIFF": 16}
+_BYTES_OF_PIXEL: Final = {"JPEG": 12, "PNG": 8, "WEBP": 16, "GIF": 8, "BMP": 8, "TIFF": 16, "HEIF": 16, "AVIF": 16}
 """What decoding takes for each pixel at most, the result included, as measured."""
 _MEMORY: Final = _Memory(MAX_DECODING_BYTES)
 
@@ -100,11 +108,12 @@ _MEMORY: Final = _Memory(MAX_DECODING_BYTES)
 class ImageInput:
     """One image: a file that is read when needed, encoded bytes, or pixels. Its `path` is None unless it is a file.
 
+    A page of a document and a frame of a film are images, too: `paper.pdf#page=3`, `film.mp4#t=12.5` (seconds).
     Equal content makes equal images. Thread-safe: every `load` decodes afresh and returns pixels of its own.
     A file that changes between two reads is an error, so that a hash and the pixels it stands for never disagree.
     """
 
-    __slots__ = ("_data", "_image", "_lock", "_sha256", "name", "path")
+    __slots__ = ("_data", "_image", "_lock", "_part", "_sha256", "name", "path")
 
     def __init__(
         self, *, path: Path | None = None, data: bytes | None = None, image: Image.Image | None = None, name: str = ""
@@ -112,6 +121,7 @@ class ImageInput:
         if sum(source is not None for source in (path, data, image)) != 1:
             raise ImageError(f"image {name!r} needs exactly one source; use ImageInput.open, from_bytes or from_pil")
         self.path, self.name = path, name
+        self._part = None if path is None else part_of(path)
         self._data, self._image = data, image
         self._sha256: str | None = None
         self._lock = Lock()
@@ -132,7 +142,7 @@ class ImageInput:
 
     @classmethod
     def from_bytes(cls, data: bytes, name: str = "") -> ImageInput:
-        """An image from the bytes of a file (JPEG, PNG, WebP, GIF, BMP or TIFF); checked at `load`."""
+        """An image from the bytes of a file (of one of FORMATS); checked at `load`."""
         return cls(data=bytes(data), name=name)
 
     @classmethod
@@ -148,19 +158,25 @@ class ImageInput:
 
     @property
     def sha256(self) -> str:
-        """Hex SHA-256 of the file's bytes; of size and RGB pixels for an image made by `from_pil`."""
+        """Hex SHA-256 of the file's bytes; of size and RGB pixels for an image made by `from_pil`; of that of its file and its
+        name within it for a page or frame, nothing of which is drawn."""
         if self._sha256 is not None:
             return self._sha256
+        if self._part is not None:
+            return self._remember(self._part.key)
         if self._image is not None:
             size = f"RGB {self._image.width} {self._image.height}\n"
             return self._remember(size.encode(), self._image.tobytes())
         return self._remember(self._read(DEFAULT_LIMITS))
 
     def encoded(self, limits: ImageLimits = DEFAULT_LIMITS) -> tuple[bytes, Format]:
-        """The bytes of the file as they are, and their format; PNG for an image made by `from_pil`. Raises ImageError."""
+        """The bytes of the file as they are, and their format; PNG for an image made by `from_pil`, JPEG for a page or frame, the
+        preview of a raw photograph. Raises ImageError."""
         if self._image is not None:
             return file_bytes(self._image, "PNG"), FORMATS["PNG"]
-        data = self._read(limits)
+        if self._part is not None:
+            return file_bytes(self.load(limits=limits), quality=95), FORMATS["JPEG"]
+        data = self._picture(limits)
         with self._readable(), open_image(data) as image:
             return data, FORMATS[str(image.format)]
 
@@ -174,15 +190,19 @@ class ImageInput:
         """Width and height in pixels as the header says, nothing decoded; ImageError where there is none."""
         if self._image is not None:
             return self._image.size
-        with self._readable(), open_image(self._read(limits)) as image:
+        if self._part is not None:
+            return self._part.size()
+        with self._readable(), open_image(self._picture(limits)) as image:
             return image.size
 
     def check(self, limits: ImageLimits = DEFAULT_LIMITS) -> None:
         """Raises what `load` would raise and can be known without decoding a pixel: format, size, truncation, limits."""
         if self._image is not None:
             _check_size(self._image.size, self._label, limits)
+        elif self._part is not None:
+            _check_size(self._part.size(), self._label, limits)
         else:
-            with _opened(self._read(limits), self._label, limits):
+            with _opened(self._picture(limits), self._label, limits):
                 pass
 
     def load(self, shrink_to: int | None = None, limits: ImageLimits = DEFAULT_LIMITS) -> Image.Image:
@@ -196,9 +216,11 @@ class ImageInput:
         if self._image is not None:
             _check_size(self._image.size, self._label, limits)
             return self._image.copy()
-        data = self._read(limits)
-        if self._data is None:
-            self._remember(data)
+        if self._part is not None:
+            if self._sha256 is not None:
+                self._remember(self._part.key)
+            return self._drawn(self._part, shrink_to, limits)
+        data = self._picture(limits, hashed=True)
         with _opened(data, self._label, limits) as (image, block):
             if shrink_to is not None and image.format == "JPEG":
                 image.draft(None, (shrink_to, shrink_to))
@@ -206,6 +228,26 @@ class ImageInput:
                 image.load()
                 _check_size(image.size, self._label, limits)
                 return _upright(image)
+
+    def metadata(self) -> Fields:
+        """`date`, `camera`, `latitude`, `longitude`, `place`, `width` and `height` as far as the file's header says them.
+
+        Raises ImageError for a file that cannot be read at all.
+        """
+        if self._image is not None or self._part is not None:
+            return {}
+        data = self._read(DEFAULT_LIMITS, hashed=True)
+        with contextlib.suppress(*_DECODER_ERRORS), open_image(self._of_raw(data, DEFAULT_LIMITS)) as image:
+            return {**image_fields(image), **(raw_fields(data) if self._is_raw else {})}
+        return {}
+
+    def _drawn(self, part: FilePart, shrink_to: int | None, limits: ImageLimits) -> Image.Image:
+        size = part.size()
+        _check_size(size, self._label, limits)
+        with _MEMORY.taking(math.prod(size) * _BYTES_OF_PIXEL["WEBP"]):
+            image = part.draw(shrink_to, limits.pixels)
+        _check_size(image.size, self._label, limits)
+        return image
 
     @property
     def _label(self) -> str:
@@ -216,11 +258,25 @@ class ImageInput:
         """Turns what Pillow raises on headers into an ImageError."""
         try:
             yield
+        except ImageError:
+            raise
         except _DECODER_ERRORS as error:
             raise ImageError(f"{self._label} cannot be read: {error}; {remedy}") from error
 
-    def _read(self, limits: ImageLimits) -> bytes:
-        most, data = limits.file_bytes, self._data or b""
+    @property
+    def _is_raw(self) -> bool:
+        return self.path is not None and self.path.suffix.lower() in RAW_SUFFIXES
+
+    def _picture(self, limits: ImageLimits, *, hashed: bool = False) -> bytes:
+        """The bytes that Pillow reads."""
+        return self._of_raw(self._read(limits, hashed=hashed), limits)
+
+    def _of_raw(self, data: bytes, limits: ImageLimits) -> bytes:
+        return preview(data, self._label, limits.pixels) if self._is_raw else data
+
+    def _read(self, limits: ImageLimits, *, hashed: bool = False) -> bytes:
+        """The bytes of the file; the image's hash is remembered of them, too, where asked."""
+        most, data = MAX_RAW_BYTES if self._is_raw else limits.file_bytes, self._data or b""
         size = len(data)
         if self.path is not None:
             size, data = self._read_file(self.path, most)
@@ -230,6 +286,8 @@ class ImageInput:
             )
         if not data:
             raise ImageError(f"{self._label} is empty (0 bytes); replace or remove it")
+        if hashed and self._data is None:
+            self._remember(data)
         return data
 
     def _read_file(self, path: Path, most: int) -> tuple[int, bytes]:
@@ -286,6 +344,10 @@ def _opened(data: bytes, label: str, limits: ImageLimits) -> Iterator[tuple[Imag
         if data.startswith((b"II*\0", b"MM\0*")):
             raise ImageError(f"{label} is no TIFF of samples TraceIR reads; save it with 8 or 16 bits a sample") from error
         known = ", ".join(FORMATS)
+        if label.lower().endswith((*PDF_SUFFIXES, *FILM_SUFFIXES)):
+            raise ImageError(
+                f"{label} is no image itself; name a page or second of it: FILE.pdf#page=1, FILE.mp4#t=12.5"
+            ) from error
         raise ImageError(f"{label} is not an image TraceIR reads ({known}); convert or remove it") from error
     except _TOO_LARGE as error:
         raise ImageError(f"{label} is too large to decode safely: {error}; shrink it") from error

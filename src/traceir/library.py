@@ -78,19 +78,18 @@ def load_encoder(
     """The encoder of a checkpoint folder or hub id, of the fitting kind; the bundled miniature where none is named.
 
     `st:NAME`, or a folder or repository with a modules.json that is not TraceIR's, gives a LibraryEncoder; anything else, and
-    what `profile` is given for, an Encoder. `dim` truncates the vectors of the former. Raises ModelError, InputError.
+    what `profile` is given for, an Encoder. `dim` keeps the first so many components of each vector, of an Encoder only a number
+    that its checkpoint was trained for. Raises ModelError, InputError.
     """
     name = str(source or bundled_model())
     if is_library(name) and (profile is None or not _foreign(module_types(plain_name(name)))):
         if profile is not None:
             raise InputError(f"{name} is a model of sentence-transformers, read as its own files say; leave out the profile")
         return LibraryEncoder.from_pretrained(name, device=device, dtype=dtype, dim=dim)
-    if dim is not None:
-        raise InputError(f"vectors of {name} cannot be truncated to {dim}; only models of sentence-transformers may offer that")
     from traceir.encoder import Encoder
     from traceir.model import load
 
-    return Encoder(load(name, device=device, dtype=dtype, profile=profile, inference=True))
+    return Encoder(load(name, device=device, dtype=dtype, profile=profile, inference=True), dim=dim)
 
 
 class LibraryEncoder:

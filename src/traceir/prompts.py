@@ -11,6 +11,7 @@ A reranker reads both at once, the query first: `render_asked`, then `render_off
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final, Literal
@@ -149,6 +150,16 @@ def render_offered(item: Item, version: PromptVersion) -> Prompt:
     """What a reranker reads next, for each candidate: its images and text, and where the answer begins."""
     opening = "\nCandidate: " if version == "trace-1" else f"candidate {item.modality.replace(',', ' ')}. "
     return Prompt((Span((opening,)), *_contents(item.parts), *_ENDING), "candidate", version)
+
+
+def render_shown(item: Item, version: PromptVersion) -> Prompt:
+    """What is asked of a candidate whose likelihood is wanted: to be put in words."""
+    return render_query(Query((*item.parts, "name it" if version == "brief-1" else "describe it in one sentence")), version)
+
+
+def target_of(reasoning: str) -> str:
+    """What a written reasoning ends in: the description of the target, behind all steps (completion_text)."""
+    return re.split(r"[;.!?]\s+", reasoning.strip())[-1].strip()
 
 
 def _prompt(

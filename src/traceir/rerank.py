@@ -25,6 +25,7 @@ from traceir.checkpoint import ADAPTER, CONFIG, PREFIX, bundled_model, fetch, pl
 from traceir.errors import ImageError, InputError, ModelError
 from traceir.images import ImageInput
 from traceir.items import Item, Modality, Part, Query
+from traceir.prompts import ANSWERS, TURN_END, render_asked, render_offered, render_shown, target_of
 
 if TYPE_CHECKING:
     from traceir.batch import Layout
@@ -34,9 +35,11 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 OWN: Final = "trace"
-"""The name of the reranker that comes with a TRACE checkpoint, in its folder `rerank`."""
+"""The name of the reranker that an encoder is itself."""
 UNREADABLE: Final = -math.inf
 """The score of what a reranker cannot read: an image for one that reads texts alone, a file that is gone or broken."""
+TEMPERATURE: Final = 0.04
+"""Of the first stage's cosines, where the checkpoint names none: that of its training."""
 AT_ONCE: Final = 8
 """Candidates between two looks at the clock, where there is a budget of seconds."""
 
@@ -124,24 +127,19 @@ def rerank(
 def load_reranker(name: str = OWN, encoder: ModelIdentity | None = None, *, device: str = "cpu") -> Reranker:
     """The reranker of that name.
 
-    `trace`: the adapter that comes with the bundled model, which must be the one of `encoder`, where that is given. A TRACE
-    checkpoint, an adapter over one, or a Qwen-VL: asked for yes or no. `st:NAME`, and any other folder or hub id: a CrossEncoder.
+    `trace`: the model of `encoder` itself, of which nothing is loaded twice; the bundled one where none is given. A TRACE
+    checkpoint, an adapter over one, or a Qwen-VL: a TraceReranker. `st:NAME`, and any other folder or hub id: a CrossEncoder.
     Only safetensors are loaded, and no code that comes with a model. Raises ModelError.
     """
     if name == OWN:
-        folder = bundled_model() / "rerank"
-        if not (folder / ADAPTER).is_file():
-            raise ModelError(
-                f"{folder.parent} has no reranker in its folder {folder.name}; train one with `traceir train --preset "
-                "mini-rerank` and name its folder, or name a CrossEncoder"
-            )
-        made = TraceReranker.from_pretrained(folder, device=device)
-        if encoder is not None and made.base != encoder.fingerprint:
-            raise ModelError(
-                f"the reranker {OWN} belongs to the model {made.base}, and this one is {encoder.fingerprint}; train one for it "
-                "with `traceir train --preset mini-rerank --init MODEL` and name its folder"
-            )
-        return made
+        if encoder is not None:
+            from traceir.encoder import Encoder
+
+            if not isinstance(encoder, Encoder):
+                what = f"the reranker {OWN} is the encoder's own TRACE model, and a {type(encoder).__name__} has none here"
+                raise ModelError(f"{what}; name a checkpoint or a CrossEncoder")
+            return TraceReranker(encoder.model, OWN, base=encoder.fingerprint)
+        name = str(bundled_model())
     if not name.startswith(PREFIX) and _is_trace(fetch(name)):
         return TraceReranker.from_pretrained(name, device=device)
     return CrossReranker.from_pretrained(name, device=device)
@@ -158,16 +156,21 @@ def _is_trace(folder: Path) -> bool:
 
 
 class TraceReranker:
-    """A TraceModel that is asked whether a candidate is what the query looks for.
+    """A TraceModel that reads candidates beside the query, in one of two ways.
 
-    The prompt begins with the query, so that it is read once for all its candidates, on the plain network as a cache of keys and
-    values. `token_budget` bounds the padded tokens of one batch of candidates, those of the query included.
+    As it is: how likely is it to put a candidate in the words in which the query's reasoning ends? (Query likelihood, arXiv
+    2204.07496.) This needs a reasoning, and candidates that are images alone; otherwise nothing is scored, nor computed.
+    Trained to rerank (TraceSettings.rerank): is the candidate what the query looks for? Its score is the difference of the logits
+    of yes and no. The prompt begins with the query, which the plain network reads once for all its candidates.
+
+    In both the first stage's cosine over its temperature is added where it is known. `token_budget` bounds the padded tokens of
+    one batch of candidates, those of the query included.
     """
 
     def __init__(self, model: TraceModel, name: str, *, base: str = "", token_budget: int = 8192, batch_rows: int = 64) -> None:
         self.model, self.name, self.base = model, name, base
         self.token_budget, self.batch_rows = token_budget, batch_rows
-        self.answers = answer_tokens(model.processor)
+        self.answers = answer_tokens(model.processor) if model.settings.rerank else None
 
     @classmethod
     def from_pretrained(cls, source: str | Path, *, device: str = "cpu", **options: Any) -> TraceReranker:
@@ -177,33 +180,51 @@ class TraceReranker:
 
         model, folder = load(source, device=device, inference=True), fetch(str(source))
         base = read_base(folder).fingerprint if (folder / ADAPTER).is_file() else model.fingerprint
-        if not model.settings.rerank:
-            log.warning("%s was not trained to rerank: what it answers is its own idea of the question", source)
-        return cls(model, OWN if folder == bundled_model() / "rerank" else str(source), base=base, **options)
+        return cls(model, str(source), base=base, **options)
 
     def score(
         self, query: Query, items: Sequence[Item], *, reasoning: str = "", similarities: Sequence[float] | None = None
     ) -> list[float]:
-        """The logit of yes less that of no, behind query and candidate; and the first stage's cosine over the temperature that it
-        was trained with, where it learnt to add to it."""
-        scores = [UNREADABLE] * len(items)
-        version, processor = self.model.settings.prompt_version, self.model.processor
+        """In natural logarithms; raises InputError for a query that cannot be read."""
+        written = target_of(reasoning)
+        if self.answers is None and (not written or any(item.modality != "image" for item in items)):
+            return [UNREADABLE] * len(items)
+        processor, version = self.model.processor, self.model.settings.prompt_version
         layouts: dict[int, Layout] = {}
-        from traceir.prompts import render_asked, render_offered
-
-        try:
-            asked = processor.lay_out(render_asked(query, version, reasoning))
-        except ImageError as error:
-            raise InputError(f"query {query.id or '(no id)'} cannot be reranked: {error}") from error
         for number, item in enumerate(items):
             try:
-                layouts[number] = processor.lay_out(render_offered(item, version))
+                if self.answers is None:
+                    layouts[number] = processor.lay_out(render_shown(item, version), written, end=TURN_END)
+                else:
+                    layouts[number] = processor.lay_out(render_offered(item, version))
             except ImageError as error:
                 log.warning("item %s is not reranked: %s", item.id or "(no id)", error)
-        temperature = self.model.settings.rerank_temperature
-        for number, score in self._scores(asked, layouts):
-            scores[number] = score + (similarities[number] / temperature if similarities is not None and temperature else 0.0)
+        temperature = self.model.settings.rerank_temperature or TEMPERATURE
+        scores = [UNREADABLE] * len(items)
+        for number, score in self._likelihoods(layouts) if self.answers is None else self._answers(query, layouts, reasoning):
+            scores[number] = score + (0.0 if similarities is None else similarities[number] / temperature)
         return scores
+
+    def _likelihoods(self, layouts: dict[int, Layout]) -> Iterator[tuple[int, float]]:
+        """The logarithm of the probability of all supervised tokens of each row."""
+        import torch
+
+        with torch.inference_mode():
+            for numbers in self._chunks(0, layouts):
+                batch = self.model.processor.collate([layouts[number] for number in numbers]).to(self.model.device)
+                hidden_BTD, counted_BT = self.model.hidden(batch), batch.targets >= 0
+                logits_SV = self.model.logits(hidden_BTD[counted_BT]).float()
+                chosen = torch.nn.functional.cross_entropy(logits_SV, batch.targets[counted_BT], reduction="none")
+                rows = torch.split(-chosen, counted_BT.sum(dim=1).tolist())
+                yield from zip(numbers, (float(row.sum()) for row in rows), strict=True)
+
+    def _answers(self, query: Query, layouts: dict[int, Layout], reasoning: str) -> Iterator[tuple[int, float]]:
+        """The logit of yes less that of no, behind query and candidate."""
+        try:
+            asked = self.model.processor.lay_out(render_asked(query, self.model.settings.prompt_version, reasoning))
+        except ImageError as error:
+            raise InputError(f"query {query.id or '(no id)'} cannot be reranked: {error}") from error
+        yield from self._scores(asked, layouts)
 
     def _scores(self, asked: Layout, layouts: dict[int, Layout]) -> Iterator[tuple[int, float]]:
         import torch
@@ -215,7 +236,7 @@ class TraceReranker:
             shared = Cache() if isinstance(model.network, Network) and layouts else None
             if shared is not None:
                 model.hidden(processor.collate([asked]).to(model.device), shared)
-            for numbers in self._chunks(asked, layouts):
+            for numbers in self._chunks(len(asked), layouts):
                 chunk = [layouts[number] for number in numbers]
                 if shared is None:
                     batch, cache = processor.collate([asked.joined(layout) for layout in chunk]), None
@@ -232,11 +253,11 @@ class TraceReranker:
                 yes_B, no_B = model.logits(state_BD)[:, self.answers].float().unbind(1)
                 yield from zip(numbers, (yes_B - no_B).tolist(), strict=True)
 
-    def _chunks(self, asked: Layout, layouts: dict[int, Layout]) -> Iterator[list[int]]:
-        """Numbers of candidates, sorted by length, in chunks within the budget."""
+    def _chunks(self, before: int, layouts: dict[int, Layout]) -> Iterator[list[int]]:
+        """Numbers of candidates, sorted by length, in chunks within the budget; `before` tokens precede each."""
         chunk: list[int] = []
         for number in sorted(layouts, key=lambda number: (len(layouts[number]), number)):
-            width = len(asked) + len(layouts[number])
+            width = before + len(layouts[number])
             if chunk and (len(chunk) >= self.batch_rows or (len(chunk) + 1) * width > self.token_budget):
                 yield chunk
                 chunk = []
@@ -247,8 +268,6 @@ class TraceReranker:
 
 def answer_tokens(processor: Any) -> list[int]:
     """The first tokens in which "yes" and "no" differ: a tokenizer may begin every word with the same one."""
-    from traceir.prompts import ANSWERS
-
     for yes, no in zip(*map(processor.plain_ids, ANSWERS), strict=False):
         if yes != no:
             return [yes, no]

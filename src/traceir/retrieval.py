@@ -296,7 +296,7 @@ def _page(index: Index, each: EncodedQuery, pool: _Pool, options: SearchOptions,
         [pool] = _candidates(index, [each], options, depth)
     seconds = 0.0
     if options.rerank is not None:
-        hits, seconds = _reranked(each, hits, options.rerank, options)
+        hits, seconds = _reranked(index, each, hits, options.rerank, options)
     if options.sort is not None:
         hits = _sorted(hits, options.sort)
     more = len(hits) > end or bool(hits and not (pool.whole or best_alone))
@@ -320,12 +320,27 @@ def _sorted(hits: Sequence[Hit], sort: str) -> list[Hit]:
     return [by_id[id] for _, id in placed]
 
 
-def _reranked(each: EncodedQuery, hits: list[Hit], reranker: Reranker, options: SearchOptions) -> tuple[list[Hit], float]:
+def _cosines(index: Index, each: EncodedQuery, hits: Sequence[Hit], options: SearchOptions) -> list[float] | None:
+    """Of the hits to the query, also of those that words alone have found; None where it has no vector."""
+    if each.vector is None:
+        return None
+    known = {hit.id: hit.score if options.mode == "vector" else hit.scores.get("vector") for hit in hits}
+    kept = index.get([id for id, cosine in known.items() if cosine is None], with_vectors=True)
+    known |= {id: float(each.vector @ stored.vector) for id, stored in kept.items() if stored.vector is not None}
+    return [known[hit.id] or 0.0 for hit in hits]
+
+
+def _reranked(
+    index: Index, each: EncodedQuery, hits: list[Hit], reranker: Reranker, options: SearchOptions
+) -> tuple[list[Hit], float]:
     """The first of these hits in the reranker's order, less those that earlier pages had of `rerank_top`; and its seconds."""
     from traceir.rerank import item_of, rerank
 
     top = max(0, options.rerank_top - options.cursor.rank)
-    read = rerank(reranker, each.query, [item_of(hit) for hit in hits[:top]], seconds=options.rerank_s, reasoning=each.reasoning)
+    read = rerank(
+        reranker, each.query, [item_of(hit) for hit in hits[:top]], seconds=options.rerank_s, reasoning=each.reasoning,
+        similarities=_cosines(index, each, hits[:top], options),
+    )  # fmt: skip
     scored = [
         hit if score is None else replace(hit, scores={**hit.scores, "rerank": score})
         for hit, score in zip(hits, read.scores, strict=False)

@@ -119,20 +119,25 @@ def as_sentence_transformer(
     route: Route | None = None,
     target: Modality | None = None,
     prompts: Mapping[str, str] | None = None,
+    truncate_dim: int | None = None,
     device: str = "cpu",
     **options: Any,
 ) -> SentenceTransformer:
     """A SentenceTransformer over an Encoder, or over a checkpoint folder or hub id with or without the library's files.
 
     `prompts` names instructions for `prompt_name=`; the one called "query" is `encode_query`'s default. What a folder saved by
-    the library says about route, prompts and similarity holds where nothing else is given. `options` go to `traceir.model.load`.
+    the library says about route, prompts and similarity holds where nothing else is given. `truncate_dim` is the `dim` of the
+    Encoder that is made. `options` go to `traceir.model.load`.
     """
-    encoder = source if isinstance(source, Encoder) else Encoder(load(source, device=device, **options))
+    if isinstance(source, Encoder) and truncate_dim not in (None, source.width):
+        raise InputError(f"truncate_dim is {truncate_dim}, and the vectors of this Encoder have {source.width}; make it with dim")
+    encoder = source if isinstance(source, Encoder) else Encoder(load(source, device=device, **options), dim=truncate_dim)
     files = () if isinstance(source, Encoder) else (Path(source, TraceModule.config_file_name), Path(source, _CONFIG))
     defaults, saved = (read_object(file) if file.is_file() else {} for file in files) if files else ({}, {})
     module = TraceModule(encoder, route=route or defaults.get("route", "auto"), target=target or defaults.get("target"))
     kept: dict[str, Any] = {"similarity_fn_name": "cosine"} | {key: saved[key] for key in _KEPT if key in saved}
     kept["prompts"] = {**kept.get("prompts", {}), **(prompts or {})}
+    kept |= {} if encoder.dim is None else {"truncate_dim": encoder.dim}
     return SentenceTransformer(modules=[module], device=str(encoder.model.device), **kept)
 
 

@@ -28,7 +28,7 @@ PROCESSORS: Final = {
     "qwen3_5": "Qwen3VLProcessor",
 }
 """Model type -> the processor that transformers makes for it."""
-_OPTIONAL: Final = ("candidates_write", "rerank", "rerank_temperature", "world", "profile")
+_OPTIONAL: Final = ("candidates_write", "matryoshka_dims", "rerank", "rerank_temperature", "world", "profile")
 """Fields that are left out where they are not used, so that earlier releases read the file too."""
 
 
@@ -40,6 +40,8 @@ class TraceSettings:
     pooling_position: PoolingPosition = "before_token"
     candidates_write: bool = False
     """Whether candidates may write too, as no checkpoint of TRACE does; the paper's Table 6 tries it."""
+    matryoshka_dims: tuple[int, ...] = ()
+    """Widths that its vectors may be cut to, the full one among them, as it was trained by nested losses; () if it was not."""
     rerank: Literal["", "rerank-1"] = ""
     """The prompts that it was trained to answer yes or no to, as a reranker; "" for an encoder."""
     rerank_temperature: float = 0.0
@@ -58,6 +60,34 @@ class TraceSettings:
         for value, known in (*versions, (self.pooling_position, get_args(PoolingPosition))):
             if value not in known:
                 raise InputError(f"{value!r} in {SETTINGS} is unknown; this release has {', '.join(known)}")
+        dims = self.matryoshka_dims
+        if not isinstance(dims, list | tuple) or not all(type(dim) is int and dim > 0 for dim in dims):
+            raise InputError(f"matryoshka_dims {dims!r} in {SETTINGS} is no list of widths; copy the checkpoint again")
+        object.__setattr__(self, "matryoshka_dims", tuple(dims))
+
+    def vector_version(self, dim: int | None = None) -> str:
+        """The prompt version and all that changes every vector beside it: pooling position, profile, components left out."""
+        version: str = self.prompt_version
+        if self.profile is not None:
+            version = self.profile.version
+        elif self.pooling_position != "before_token":
+            version = f"{version}, read {self.pooling_position}"
+        return version if dim is None else f"{version}, first {dim}"
+
+    def checked_dim(self, dim: int | None, width: int) -> int | None:
+        """`dim`, or None for the whole `width`; InputError for a width that the checkpoint was not trained for."""
+        if dim in (None, width):
+            return None
+        if dim in self.widths(width):
+            return dim
+        known = f"it was trained for {', '.join(map(str, self.matryoshka_dims))}; choose one of these"
+        none = f"its {SETTINGS} names no shorter width (`traceir train --set matryoshka_dims=...`); leave dim out"
+        which = f"vectors of {self.fingerprint or 'this model'} have {width} components and cannot be cut to {dim}"
+        raise InputError(f"{which}: {known if self.matryoshka_dims else none}")
+
+    def widths(self, width: int) -> tuple[int, ...]:
+        """Those that vectors of `width` may be cut to, it among them, the widest first."""
+        return tuple(sorted({width, *(dim for dim in self.matryoshka_dims if dim < width)}, reverse=True))
 
     def under(self, profile: Profile) -> TraceSettings:
         """Those of another project's checkpoint, as its profile says."""

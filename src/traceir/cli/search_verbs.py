@@ -27,6 +27,7 @@ from traceir.index import open_index
 from traceir.index.filter_text import parse_filter
 from traceir.index.filters import And, Filter
 from traceir.items import Hit, Item, Query, as_image
+from traceir.media.part import file_of
 from traceir.retrieval import MAX_WEIGHT, SearchKeywords, SearchOptions
 from traceir.search import Searcher, SearchResult
 from traceir.serve.config import ServeConfig
@@ -147,7 +148,7 @@ def _query(args: argparse.Namespace, text: str | None) -> Query:
 
 
 def _image(file: str) -> ImageInput:
-    if not Path(file).is_file():
+    if not Path(file_of(file)).is_file():
         raise InputError(f"image {file} does not exist; give the path of an image file")
     return as_image(file)
 

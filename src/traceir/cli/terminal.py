@@ -99,11 +99,9 @@ def open_encoder(args: argparse.Namespace, *, in_flight: int = 64, known: str = 
 
         known = known or filled_by(args)
         return EmbeddingsEncoder(address, args.model, form, dim=args.dim, known=known, api_key=key, in_flight=in_flight)
-    if args.dim is not None:
-        raise InputError("--dim is not for an SGLang engine; leave it out")
     from traceir.engines.sglang import SGLangEncoder
 
-    return SGLangEncoder(args.engine, model_name(args), api_key=key, in_flight=in_flight)
+    return SGLangEncoder(args.engine, model_name(args), dim=args.dim, api_key=key, in_flight=in_flight)
 
 
 def filled_by(args: argparse.Namespace) -> str:

@@ -115,7 +115,7 @@ class Record:
     negatives: tuple[str, ...]
     task_id: int
     source: str | None = None
-    scores: Mapping[str, float] = field(default_factory=dict)
+    scores: Mapping[str, float] = field(default_factory=dict, hash=False)
 
 
 @dataclass(frozen=True, slots=True)

@@ -73,20 +73,31 @@ class SGLangEncoder(HttpEngine):
     """Queries and items to Encodings by an SGLang server at `address` that serves the checkpoint `model`.
 
     `model` is the same directory or hub id that an in-process Encoder would load; only its tokenizer and settings are read.
-    Another model, an old release or missing flags raise ModelError at once. Results are in the order of the input. The engine
-    computes in its own precision: the text may differ from an Encoder's where two tokens are almost equally likely.
+    Another model, an old release or missing flags raise ModelError at once. `dim` is Encoder's. Results are in the order of the
+    input. The engine computes in its own precision: the text may differ from an Encoder's where two tokens are almost as likely.
     """
 
     def __init__(
-        self, address: str, model: str | Path, *, max_reasoning_tokens: int | None = None, **options: Unpack[ConnectionOptions]
+        self,
+        address: str,
+        model: str | Path,
+        *,
+        max_reasoning_tokens: int | None = None,
+        dim: int | None = None,
+        **options: Unpack[ConnectionOptions],
     ) -> None:
         self.model, self._name = without_weights(model), str(model)
         settings = self.model.settings
+        self.dim = settings.checked_dim(dim, self.model.width)
         self.budget = max_reasoning_tokens or settings.max_reasoning_tokens
-        self.fingerprint, self.width = self.model.fingerprint, self.model.width
-        before = settings.pooling_position == "before_token"
-        self.prompt_version = settings.prompt_version + ("" if before else f", read {settings.pooling_position}")
+        self.fingerprint, self.width = self.model.fingerprint, self.dim or self.model.width
+        self.prompt_version = settings.vector_version(self.dim)
         super().__init__(re.sub(r"/(v1|generate)?/*$", "", address), options)
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """What its vectors may be cut to: those that the checkpoint was trained for."""
+        return self.model.settings.widths(self.width)
 
     def encode_items(self, items: Sequence[Item]) -> list[Encoding]:
         """Candidates: one prefill each, never any reasoning, unless the checkpoint lets candidates write."""
@@ -217,9 +228,10 @@ class SGLangEncoder(HttpEngine):
             raise self._wrong(f"returned no hidden states; {_LAUNCH}")
         while isinstance(rows, list) and rows and isinstance(rows[-1], list):
             rows = rows[-1]
-        if isinstance(rows, list) and len(rows) > self.width and len(rows) % self.width == 0:
+        whole = self.model.width
+        if isinstance(rows, list) and len(rows) > whole and len(rows) % whole == 0:
             raise self._wrong(f"returned {len(rows)} components: it joins several layers; launch it without speculation")
-        return self._unit(rows, "state", self.width)
+        return self._unit(self._unit(rows, "state", whole)[: self.dim], "state", self.width)
 
     def _check_read(self, body: Mapping[str, Any], meta: Mapping[str, Any], read: tuple[int, ...]) -> None:
         """Holds the engine to our tokens. Where images stand, only their number counts: some releases put hashes there."""

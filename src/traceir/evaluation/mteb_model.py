@@ -57,7 +57,8 @@ class TraceEncoder(AbsEncoder):
     documents; mteb's general prompts by class ("Retrieve text based on user query.", of images too) are left out. The size of
     mteb's batches decides how many rows are in memory at a time, never what is encoded.
 
-    mteb's loader calls it with the model's name; `source` says where the weights are, or is the encoder.
+    mteb's loader calls it with the model's name, and with `embed_dim`, which is Encoder's `dim`; `source` says where the weights
+    are, or is the encoder.
     """
 
     def __init__(
@@ -68,11 +69,12 @@ class TraceEncoder(AbsEncoder):
         device: str | None = None,
         source: str | Path | EncoderLike | None = None,
         route: Route = "auto",
+        embed_dim: int | None = None,
         **options: Any,
     ) -> None:
         check_route(route)
         if source is None or isinstance(source, str | Path):
-            source = Encoder(load(source or model_name, device=device or "cpu", **options))
+            source = Encoder(load(source or model_name, device=device or "cpu", **options), dim=embed_dim)
         self.encoder: EncoderLike = source
         self.route: Route = route
         # By the revision mteb tells results apart: the weights, and a digest of all else that decides a vector.

@@ -133,9 +133,10 @@ class IndexMeta:
     def check(self, uri: str, opening: Opening) -> None:
         """Raise StoreError where the index was made by another model than the one it is opened for."""
         check_identity(uri, "model", self.fingerprint, opening.fingerprint)
-        check_identity(uri, "prompt version", self.prompt_version, opening.prompt_version)
         if opening.dim not in (None, self.dim):
-            raise StoreError(f"index {uri} holds vectors of width {self.dim}, not {opening.dim}; use the same encoder")
+            what = f"index {uri} holds vectors of width {self.dim}, not {opening.dim}"
+            raise StoreError(f"{what}; use the same encoder, at this width (--dim {self.dim})")
+        check_identity(uri, "prompt version", self.prompt_version, opening.prompt_version)
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,7 +20,8 @@ from traceir.index.filters import shown, values_of
 from traceir.items import Value
 
 MAX_TERMS: Final = 64
-"""Words and phrases of a query that are looked for; further ones are ignored."""
+MAX_QUERY: Final = 4_096
+"""So many words and phrases, and characters, of a query are looked for; what is further on is ignored."""
 _MAX_LENGTH: Final = 64
 _ASCII_WORD: Final = re.compile("[a-z0-9]+")
 _KANA_AND_HAN: Final = "\u3005-\u3007\u3041-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
@@ -78,12 +79,12 @@ def parse_words(text: str) -> KeywordQuery:
     if not isinstance(text, str):
         raise InputError(f"the words to look for are {shown(text)}; give a text")
     wanted, required, without = list[Term](), list[Term](), list[Term]()
-    for match in _PART.finditer(text.translate(_QUOTES)):
+    for match in _PART.finditer(text[:MAX_QUERY].translate(_QUOTES)):
         is_without, is_phrase = bool(match[1]), match[2] is not None
         part = match[2] or match[3] or match[4] or ""
         for own in [part] if is_phrase or is_without else _APART.split(part):
             if words := tuple(cut_words(own)):
-                whole = Term(words, own.endswith("*") and not is_phrase)
+                whole = Term(words, own.endswith("*") and not is_phrase and len(words[-1]) > 1)
                 if is_phrase or is_without:
                     (without if is_without else required).append(whole)
                 else:

@@ -92,7 +92,7 @@ def encode_given(encoder: Encoder, queries: Sequence[Query], reasonings: Sequenc
         numbers = order[first : first + 64]
         batch = model.processor.collate([layouts[number] for number in numbers]).to(model.device)
         state_BD = model.hidden(batch)[torch.arange(len(numbers), device=model.device), batch.pooling_index]
-        vectors[numbers] = functional.normalize(state_BD.float(), dim=-1).cpu().numpy()
+        vectors[numbers] = functional.normalize(state_BD[:, : encoder.dim].float(), dim=-1).cpu().numpy()
     return vectors
 
 

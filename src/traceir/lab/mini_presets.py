@@ -18,7 +18,8 @@ def preset(name: str) -> TrainConfig:
     """One of mini_presets.toml."""
     fields = _fields(name)
     size = SmallSize(**_SOURCE["sizes"][fields["size"]])
-    return TrainConfig(**fields | {"size": size, "keep": tuple(fields.get("keep", ()))})
+    lists = {key: tuple(value) for key, value in fields.items() if isinstance(value, list)}
+    return TrainConfig(**fields | lists | {"size": size})
 
 
 def _fields(name: str) -> dict[str, Any]:

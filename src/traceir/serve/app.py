@@ -96,6 +96,17 @@ class Server:
             prompt_version=encoder.prompt_version, width=encoder.width,
         )  # fmt: skip
 
+    def width(self, dimensions: int | None) -> int:
+        """The width of vectors that a client asks for; InputError for one that the model does not offer."""
+        encoder = self.ready().scheduler.encoder
+        offered = getattr(encoder, "widths", (encoder.width,))
+        if dimensions not in (None, *offered):
+            known = ", ".join(map(str, offered))
+            raise InputError(
+                f"dimensions is {dimensions}, but this server's vectors have {known} components; ask for one of these"
+            )
+        return dimensions or encoder.width
+
     def charge(self, principal: Principal, count: int) -> None:
         """Raises Refused where this key has embedded too much for now."""
         if (wait := self.limits.take_inputs(principal, count)) > 0:
@@ -275,19 +286,20 @@ def _add_embeddings(app: FastAPI, server: Server) -> None:
     async def embeddings(asked: schemas.EmbeddingsIn, request: Request, principal: Caller, view: View) -> Response:
         """Vectors of texts, images and pairs, as OpenAI gives them, with a `trace` beside each."""
         model = server.model(asked.model)
-        if asked.dimensions not in (None, model.width):
-            raise InputError(f"dimensions is {asked.dimensions}, but this server's vectors have {model.width} (`serve --dim`)")
+        width = server.width(asked.dimensions)
         inputs = asked.messages if asked.messages is not None else asked.input
         server.charge(principal, len(inputs) if isinstance(inputs, list) else 1)
         served = await _while_connected(request, view.embed(asked))
-        return _json(await view.read(lambda: _embeddings(served, model.id, packed=asked.encoding_format == "base64")))
+        return _json(await view.read(lambda: _embeddings(served, model.id, width, packed=asked.encoding_format == "base64")))
 
 
-def _embeddings(served: list[Served], model: str, *, packed: bool) -> str:
-    """An EmbeddingsOut in JSON."""
+def _embeddings(served: list[Served], model: str, width: int, *, packed: bool) -> str:
+    """An EmbeddingsOut in JSON, of vectors cut to `width`."""
     data: list[schemas.EmbeddingOut] = []
     for index, result in enumerate(served):
-        vector = result.encoding.vector
+        vector = result.encoding.vector[:width]
+        if width < len(result.encoding.vector):
+            vector = vector / np.linalg.norm(vector)
         shown = base64.b64encode(np.asarray(vector, dtype="<f4").tobytes()).decode() if packed else vector.tolist()
         data.append(schemas.EmbeddingOut(index=index, embedding=shown, trace=schemas.Trace.of(result)))
     tokens = sum(result.prompt_tokens for result in served)

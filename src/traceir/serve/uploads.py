@@ -21,8 +21,9 @@ from typing import Final, Protocol
 
 from traceir.errors import ImageError, InputError, StoreError
 from traceir.files import sync_folder, write_whole
-from traceir.images import ImageInput, ImageLimits, file_bytes
+from traceir.images import DEFAULT_LIMITS, ImageInput, ImageLimits, file_bytes
 from traceir.index.store import Index
+from traceir.media.part import file_of, part_of
 from traceir.serve.fair import Slots
 
 LIMITS: Final = ImageLimits(pixels=32_000_000, file_bytes=16 * 1024 * 1024)  # smaller than at the command line
@@ -68,7 +69,9 @@ class UploadValidator:
             case {"data": str(data), **rest} if not rest:
                 return await asyncio.to_thread(lambda: self._of_bytes(bytes_of_base64(data, location, self.limits), location))
             case {"item": str(id), **rest} if not rest:
-                return await asyncio.to_thread(lambda: self._checked(image_of_item(id, location, sources), location))
+                return await asyncio.to_thread(
+                    lambda: self._checked(image_of_item(id, location, sources), location, DEFAULT_LIMITS)
+                )
             case {"url": str(url), **rest} if not rest:
                 if sources.fetcher is None:
                     raise InputError(f'{location}.url: this server fetches no images by address; send {{"data": base64}}')
@@ -82,11 +85,11 @@ class UploadValidator:
     def _of_bytes(self, data: bytes, location: str) -> ImageInput:
         if len(data) > self.limits.file_bytes:
             raise ImageError(f"{location} has {len(data)} bytes, more than {self.limits.file_bytes}; send a smaller image")
-        return self._checked(ImageInput.from_bytes(data), location)
+        return self._checked(ImageInput.from_bytes(data), location, self.limits)
 
-    def _checked(self, image: ImageInput, location: str) -> ImageInput:
+    def _checked(self, image: ImageInput, location: str, limits: ImageLimits) -> ImageInput:
         with without_paths([image], f"{location}: "):
-            image.check(self.limits)
+            image.check(limits)
         return image
 
 
@@ -138,18 +141,20 @@ def image_of_item(id: str, location: str, sources: Sources) -> ImageInput:
 def image_in_folders(image: str, folders: Sequence[Path], id: str) -> ImageInput:
     """The file that an index names as an item's image, only where it lies in one of the folders, links followed.
 
-    A relative name is looked for in each of them. What is no image is found out when it is read, whatever its name.
+    A relative name is looked for in each of them; a page or frame is where its file is. What is no image is found out when it is
+    read, whatever its name.
     InputError names the item, never the path.
     """
     roots = [folder.resolve() for folder in folders]
     candidates = [Path(image)] if Path(image).is_absolute() else [root / image for root in roots]
     for candidate in candidates if "\0" not in image else ():
         try:
-            real = candidate.resolve(strict=True)
+            part = part_of(candidate)
+            real = (part.file if part else candidate).resolve(strict=True)
         except (OSError, RuntimeError, ValueError):
             continue
         if real.is_file() and any(real.is_relative_to(root) for root in roots):
-            return ImageInput.open(real)
+            return ImageInput.open(f"{real}#{part.name}" if part else real)
     raise InputError(f"the image of item {id[:80]!r} is not among the server's images any more")
 
 
@@ -161,9 +166,10 @@ def without_paths(images: Iterable[ImageInput], before: str = "") -> Iterator[No
         yield
     except ImageError as error:
         message = str(error)
-        for image in images:
-            message = message if image.path is None else message.replace(str(image.path), "of the item")
-        raise ImageError(before + re.sub(r"or raise ImageLimits\.\w+", "to less", message)) from error
+        for path in (str(image.path) for image in images if image.path is not None):
+            message = message.replace(path, "of the item").replace(file_of(path), "the file of the item")
+        message = re.sub(r"or raise ImageLimits\.\w+", "to less", message)
+        raise ImageError(before + re.sub(r"pip install .*", "send it as JPEG or PNG", message)) from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,8 +235,8 @@ class ImageFolder:
 
 
 def as_jpeg(image: ImageInput, side: int = MAX_SIDE) -> bytes:
-    """The image as JPEG, its longer side at most `side` pixels. Raises ImageError."""
+    """The image as JPEG, its longer side at most `side` pixels: an upload, or a file of the operator's. Raises ImageError."""
     try:
-        return file_bytes(image.load(shrink_to=side, limits=LIMITS), side=side)
+        return file_bytes(image.load(shrink_to=side), side=side)
     except OSError as error:
         raise ImageError(f"the image cannot be shown: {error}; add it anew") from error

@@ -78,6 +78,10 @@ class TrainConfig:
     symmetric: bool = False  # Candidates look for their queries as well; the mean of both directions.
     distil: float = 0.0  # Weight of 1 - cosine between a reasoning query's prefill state and its embedding (not in the paper).
     direct_ret: float = 0.0  # Weight of InfoNCE from that prefill state (not in the paper).
+    matryoshka_dims: tuple[int, ...] = ()
+    """Widths that vectors may be cut to (not in the paper): InfoNCE is the sum over the first so many components, and the full
+    width with weight 1 where it is not among them. `matryoshka_weights` weighs them in the same order; 1 each if empty."""
+    matryoshka_weights: tuple[float, ...] = ()
     lora_rank: int = 0  # 0 trains all weights; otherwise LoRA on the language model's linears, and the row of `<|emb|>`.
     lora_alpha: int = 256
     lora_dropout: float = 0.0
@@ -159,9 +163,31 @@ def check(config: TrainConfig) -> TrainConfig:
     for name in ("temperature", "batch", "accumulate", "chunk_tokens", "learning_rate", "log_every", "save_every"):
         if not getattr(config, name) > 0:
             raise InputError(f"{name} is {getattr(config, name)}; give a value above 0")
+    dims, weights = config.matryoshka_dims, config.matryoshka_weights
+    if min(dims, default=1) < 1 or len({*dims}) < len(dims) or (weights and len(weights) != len(dims)):
+        raise InputError(
+            f"matryoshka_dims {dims} with weights {weights}: give each width once, from 1, and a weight for each or none"
+        )
+    if min(weights, default=1.0) <= 0:
+        raise InputError(f"matryoshka_weights are {weights}; give values above 0, or leave the width out")
+    if dims and (config.teach == "pretraining" or config.lambda_ret <= 0):
+        raise InputError("matryoshka_dims nest the retrieval loss, and this run has none: teach pairs, or set lambda_ret")
     if config.epochs <= 0 and config.steps < 1:
         raise InputError(f"steps is {config.steps}; give at least 1, or epochs")
     return config
+
+
+def nested_widths(config: TrainConfig, width: int) -> dict[int, float]:
+    """The weights of nested InfoNCE by width, the widest first, for vectors of `width`; {} where it is not nested.
+
+    Raises InputError for a width that the vectors do not have.
+    """
+    if not config.matryoshka_dims:
+        return {}
+    if (widest := max(config.matryoshka_dims)) > width:
+        raise InputError(f"matryoshka_dims names {widest}, and vectors of this model have {width} components; give 1 to {width}")
+    weights = config.matryoshka_weights or (1.0,) * len(config.matryoshka_dims)
+    return dict(sorted(({width: 1.0} | dict(zip(config.matryoshka_dims, weights, strict=True))).items(), reverse=True))
 
 
 def settled(config: TrainConfig, device: str, begun: Path) -> TrainConfig:

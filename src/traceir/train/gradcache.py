@@ -14,8 +14,9 @@ Shapes: b queries and n candidates of this process; B, N of all processes; D wid
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from traceir.model import TraceModel
 from traceir.rerank import answer_tokens
 from traceir.train.batches import Chunk, TrainBatch
-from traceir.train.losses import distillation_loss, generation_loss, rerank_loss, retrieval_loss
+from traceir.train.losses import distillation_loss, generation_loss, nested_retrieval_loss, rerank_loss
 
 Context = contextlib.AbstractContextManager[Any]
 Output = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
@@ -38,13 +39,15 @@ Gradients = tuple[torch.Tensor, torch.Tensor | None]
 @dataclass(frozen=True, slots=True)
 class Objective:
     """Weights and shape of the loss. `distil` and `direct_ret` teach the prefill state of queries that reason (not in the paper):
-    the one to be near the reasoned embedding, the other to find the target by itself."""
+    the one to be near the reasoned embedding, the other to find the target by itself. `widths`: those of nested InfoNCE, and the
+    weight of each (losses.py)."""
 
     lambda_gen: float = 1.0
     lambda_ret: float = 1.0
     symmetric: bool = False
     distil: float = 0.0
     direct_ret: float = 0.0
+    widths: Mapping[int, float] = field(default_factory=dict)
 
     def total(self, losses: dict[str, float]) -> float:
         """The weighted sum of the terms that `step` returns."""
@@ -239,7 +242,8 @@ def _at_embeddings(
         candidate_nD = _in_order(batch.candidates, embeddings[count:])
         positive_nD, negative_nD = candidate_nD[: sizes[ranks.rank]], candidate_nD[sizes[ranks.rank] :]
         candidate_ND = torch.cat([ranks.gather(positive_nD, sizes), ranks.gather(negative_nD, further)])
-        retrieval = retrieval_loss(query_BD, candidate_ND, temperature, batch.collision_BN, symmetric=objective.symmetric)
+        contrast = partial(nested_retrieval_loss, widths=objective.widths)
+        retrieval = contrast(query_BD, candidate_ND, temperature, batch.collision_BN, symmetric=objective.symmetric)
         terms = {"ret": (objective.lambda_ret, retrieval)}
         if objective.distil > 0 or objective.direct_ret > 0:
             first_BD = ranks.gather(_in_order(batch.queries, firsts[:count]), sizes)
@@ -248,7 +252,7 @@ def _at_embeddings(
             if objective.distil:
                 terms["distil"] = objective.distil, distillation_loss(first_BD, query_BD, complex_B)
             if objective.direct_ret:
-                direct = retrieval_loss(first_BD, candidate_ND, temperature, batch.collision_BN, rows_B=complex_B)
+                direct = contrast(first_BD, candidate_ND, temperature, batch.collision_BN, rows_B=complex_B)
                 terms["direct_ret"] = objective.direct_ret, direct
         total = torch.stack([weight * value for weight, value in terms.values()]).sum() * share
         gradients = torch.autograd.grad(total, [*leaves, log_temperature] if learnt else leaves, allow_unused=True)

@@ -32,7 +32,7 @@ from traceir.data.samples import Example, TaskData
 from traceir.errors import TrainError
 from traceir.files import replacing_folder
 from traceir.train.batches import TrainBatch, TrainBatches
-from traceir.train.config import TrainConfig
+from traceir.train.config import TrainConfig, nested_widths
 from traceir.train.gradcache import Distribution, Objective, Reader, step
 from traceir.train.shard import fetched, gathered, own_part, shard
 
@@ -57,7 +57,10 @@ class Loop:
     ) -> None:
         self.config, self.accelerator, self.batches, self.write_model = config, accelerator, batches, save_model
         self.reader, self.out, self.device = reader, Path(config.out), accelerator.device
-        self.objective = Objective(config.lambda_gen, config.lambda_ret, config.symmetric, config.distil, config.direct_ret)
+        self.objective = Objective(
+            config.lambda_gen, config.lambda_ret, config.symmetric, config.distil, config.direct_ret,
+            nested_widths(config, reader.model.width),
+        )  # fmt: skip
         if config.shard:
             shard(reader, self.device)
         # What accelerate calls evaluation is a model without DDP around it.

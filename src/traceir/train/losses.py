@@ -6,7 +6,8 @@ tokens, V vocabulary; G queries of at most N candidates.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch.nn import functional
@@ -53,6 +54,26 @@ def retrieval_loss(
     if not symmetric:
         return forward
     return (forward + functional.cross_entropy(scores_BN[:, : len(own_B)].T, own_B)) / 2.0
+
+
+def nested_retrieval_loss(
+    query_BD: torch.Tensor,
+    candidate_ND: torch.Tensor,
+    temperature: float | torch.Tensor,
+    collision_BN: torch.Tensor | None = None,
+    *,
+    widths: Mapping[int, float],
+    **options: Any,
+) -> torch.Tensor:
+    """The sum of L_ret over the first d components of every vector, scaled to unit length again, by the weight of each d.
+
+    Matryoshka representation learning (Kusupati et al., 2022, arXiv 2205.13147). `widths`: d to weight; empty: L_ret itself.
+    """
+    losses = (
+        weight * retrieval_loss(query_BD[:, :width], candidate_ND[:, :width], temperature, collision_BN, **options)
+        for width, weight in (widths or {query_BD.shape[1]: 1.0}).items()
+    )
+    return torch.stack([*losses]).sum()
 
 
 def rerank_loss(groups: Sequence[torch.Tensor]) -> torch.Tensor:

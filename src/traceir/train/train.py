@@ -35,7 +35,7 @@ from traceir.files import write_whole
 from traceir.model import TraceModel, TraceSettings, load, save
 from traceir.prompts import RERANK
 from traceir.train.batches import TrainBatches, check_shares
-from traceir.train.config import REMEDY, TrainConfig, begun_in, check, claim, settled
+from traceir.train.config import REMEDY, TrainConfig, begun_in, check, claim, nested_widths, settled
 from traceir.train.gradcache import Reader, recomputing
 from traceir.train.loop import Loop, newest_step, step_of
 from traceir.train.small import small_model, train_tokenizer
@@ -144,6 +144,10 @@ class Run:
             config = replace(config, steps=max(1, math.ceil(config.epochs * pairs / (config.batch * config.accumulate))))
         self.config, self.accelerator, self.out = config, accelerator, Path(config.out)
         self.model = _initial(config, self.tasks)
+        widths = tuple(
+            nested_widths(config, self.model.width)
+        )  # those of the start hold no longer, unless this run trains them too
+        self.model.settings = replace(self.model.settings, matryoshka_dims=widths)
         self.adapter = _trainable(self.model, config)
         names = sorted({name for task in self.tasks for name in task.image_paths()}) if config.store_pixels else []
         if names:
