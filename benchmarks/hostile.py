@@ -45,7 +45,7 @@ SLOW_CLIENTS: Final = 24
 TRIES: Final = 4
 UNLIMITED: Final = 1_000_000
 """Requests a minute of the server that is started here."""
-BY_MEANING: Final = ["POST /search", "POST /search/stream", "POST /v1/embeddings", "GET /items"]
+BY_MEANING: Final = ["POST /search", "POST /search/stream", "POST /v1/embeddings", "POST /v1/pictures", "GET /items"]
 """Operations that refuse what no schema can tell: a query of nothing, a text that is no image, a filter without sense."""
 
 

@@ -346,6 +346,34 @@ def test_everything_kept_comes_back_after_reopening(fresh: Fresh) -> None:
         assert info.counts == {"image": 1, "image,text": 1} and info.cells == 0
 
 
+def test_facets_count_the_fields_of_what_passes(fresh: Fresh, monkeypatch: pytest.MonkeyPatch) -> None:
+    items = [
+        Item.of(text="t", id=f"{'ab'[n % 2]}/deep/{n}", fields={
+            "date": f"{2020 + n % 3}-05-0{n + 1}T10:00:00", "camera": ["X", "Y", "Y"][n % 3], "n": n, "tags": ["p", "q"][: n % 3],
+            "mixed": n if n % 2 else "text", "flag": n == 0, "long": "x" * 500,
+        })
+        for n in range(6)
+    ]  # fmt: skip
+    with opened(fresh()) as index:
+        assert index.facets(limit=2) == []
+        index.upsert([*items, Item.of(text="t", id="plain")], drawn(7, 4))
+        expected = {
+            ("camera", "text"): (6, "X", "Y", (("Y", 4), ("X", 2))), ("mixed", "number"): (3, 1, 5, ((1, 1), (3, 1))),
+            ("date", "date"): (6, "2020-05-01T10:00:00", "2022-05-06T10:00:00", (("2020", 2), ("2021", 2))),
+            ("tags", "text"): (6, "p", "q", (("p", 4), ("q", 2))), ("n", "number"): (6, 0, 5, ((0, 1), (1, 1))),
+            ("mixed", "text"): (3, "text", "text", (("text", 3),)),
+            ("flag", "boolean"): (6, False, True, ((False, 5), (True, 1))),
+            ("long", "text"): (6, "x" * 500, "x" * 500, ()), ("id", "folder"): (6, "a/", "b/", (("a/", 3), ("b/", 3))),
+        }  # fmt: skip
+        for _ in range(2):
+            facets = index.facets(limit=2)
+            shown = {(facet.name, facet.kind): (facet.count, facet.low, facet.high, tuple(facet.values)) for facet in facets}
+            assert shown == expected and [facet.count for facet in facets] == [6] * 7 + [3, 3]
+            assert [type(value) for facet in facets if facet.name == "flag" for value, _ in facet.values] == [bool, bool]
+            assert {facet.name: facet.count for facet in index.facets(Eq("camera", "X"), limit=2)}["n"] == 2
+            monkeypatch.setattr("traceir.index.sqlite.COUNTED", 1)  # from here on by a sample, which is all of them
+
+
 def test_upsert_replaces_and_delete_removes(fresh: Fresh) -> None:
     first, second = unit([1, 0, 0, 0], [0, 1, 0, 0])
     with opened(fresh()) as index:

@@ -26,8 +26,8 @@ def test_a_collection_suggests_itself_but_for_the_bundled_model_over_its_own(enc
     texts = [kept("A long walk along the river Elbe, written down on the evening of the same day by its author.")]
     for world in (None, encoder.world):
         strange = page_config("Own", MODEL, {"image": 5, "text": 1}, [*photos, *texts], world=world)
-        asked = [example.image.item if example.image else example.text for example in strange.examples]
-        assert asked == [photos[0].id, photos[3].id, "A long walk along the river Elbe, written down on the evening"]
+        asked = [example.text for example in strange.examples]
+        assert asked == ["A long walk along the river Elbe, written down on the evening"] and strange.fold == (world is None)
         assert not strange.instructions and bool(strange.instead) == (world is not None)
     mini = page_config("Mini", MODEL, {"text": 1}, [kept("On the left a white ring.")], world=encoder.world)
     assert "Find the scene of this caption." in mini.instructions and "white ring" in str(mini.examples[0].text)

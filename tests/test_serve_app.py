@@ -149,8 +149,9 @@ def test_probes_are_answered(running: Running, asked: str, status: int) -> None:
 
 CUP = {"id": "cup", "text": "a red cup", "image": IMAGE, "fields": {"shelf": 2.5}}
 GOOD: dict[str, dict[str, Any]] = {
-    **{f"GET /{path}": {} for path in ("health", "ready", "metrics", "v1/models", "page/config")},
+    **{f"GET /{path}": {} for path in ("health", "ready", "metrics", "v1/models", "v1/facets", "page/config")},
     "GET /v1/models/{id}": {"path_parameters": {"id": "traceir"}},
+    "POST /v1/pictures": {"body": {"image": IMAGE}},
     "POST /items": {"body": {"items": [CUP, {"id": "a/b", "text": "a red cup"}, {"id": "nothing"}]}},
     "POST /v1/embeddings": {"body": {"input": ["a red cup", {"image": IMAGE["data"]}], "encoding_format": "base64"}},
     "POST /search": {"body": {"image": IMAGE, "text": "the same in blue", "k": 3.0, "where": {"shelf": [1, 2.5]}}},

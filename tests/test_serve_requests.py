@@ -607,6 +607,28 @@ def test_a_file_that_breaks_is_told_without_its_path(caller: Caller, encoder: En
         assert "secret-place" not in answer and "of the item" in answer, answer
 
 
+def test_facets_are_the_callers_own_and_follow_what_is_added(caller: Caller) -> None:
+    def facets(name: str) -> dict[str, Any]:
+        caller.key = caller.keys[name]
+        return {facet["name"]: facet["values"] for facet in caller.good("GET", "/v1/facets")["facets"]}
+
+    for count in (1, 2):
+        facets("acme")
+        caller.add({"id": f"facets/{count}", "text": "a cup", "fields": {"facet": "of acme", "_day": "2024-05-01"}})
+        shown = facets("acme")
+        assert shown["facet"] == [["of acme", count]] and shown["_day"] == [["2024", count]] and ["facets/", count] in shown["id"]
+        assert not any(name.startswith("_tenant") or name == "_file" for name in shown)
+        assert "facet" not in facets("rival") and "facet" not in facets("nobody")
+
+
+def test_an_image_is_checked_before_it_is_searched_with(caller: Caller) -> None:
+    shown = caller.good("POST", "/v1/pictures", {"image": IMAGE})
+    assert shown["width"] > 0 and shown["height"] > 0
+    for image in ({"data": base64.b64encode(b"\x89PNG\r\n\x1a\nno more").decode()}, {"data": "%"}, {"item": "nobody"}):
+        status, answer = caller.post("/v1/pictures", {"image": image})
+        assert status == 400 and answer["error"]["message"].startswith("image")
+
+
 def test_nobody_learns_what_another_tenant_asked_or_holds(caller: Caller) -> None:
     body = {"text": "a question that only one has asked", "route": "direct"}
     cached = []

@@ -597,6 +597,7 @@ def test_each_tenant_sees_what_it_would_see_in_an_index_of_its_own(tmp_path_fact
             for where in FILTERS:
                 assert list(view.scan(where)) == list(alone.scan(where)) and view.count(where) == alone.count(where)
                 assert view.search(query, 5, where=where) == alone.search(query, 5, where=where)
+                assert view.facets(where, limit=3) == alone.facets(where, limit=3)
             for where in (
                 "not n=1",
                 "id~'*' or n=2",

@@ -17,6 +17,7 @@ import numpy.typing as npt
 from traceir.errors import StoreError
 from traceir.files import sync_folder
 from traceir.index import store
+from traceir.index.facets import LONGEST, MOST_FIELDS, Facet, commonest, is_date
 from traceir.index.filters import (
     OWN_NAMES,
     And,
@@ -246,6 +247,34 @@ def _has_field(test: str, row_by_row: bool) -> str:
     if row_by_row:
         return f"EXISTS (SELECT 1 FROM fields f INDEXED BY fields_n WHERE f.n = i.n AND {test})"
     return f"(i.n IN (SELECT n FROM fields WHERE {test}))"
+
+
+def count_facets(connection: sqlite3.Connection, where: Filter | None, limit: int) -> Iterator[Facet]:
+    """The facets of the items that pass, unordered; each step is a statement of its own, between which others may come."""
+    clause, values = compile_filter(where)
+    passing = "1" if where is None else f"n IN (SELECT i.n FROM items i WHERE {clause})"
+    folders = connection.execute(
+        f"SELECT substr(i.id, 1, instr(i.id, '/')) AS folder, count(*) FROM items i WHERE folder != '' AND ({clause}) GROUP BY 1",
+        values,
+    ).fetchall()
+    if folders:
+        names = sorted(folder for folder, _ in folders)
+        yield Facet("id", "folder", sum(count for _, count in folders), names[0], names[-1], commonest(folders, limit))
+    found = connection.execute(
+        "SELECT name, kind, count(*), min(value), max(value) FROM fields "
+        f"WHERE kind IN ('text', 'number', 'boolean') AND {passing} GROUP BY name, kind ORDER BY 3 DESC LIMIT ?",
+        [*(() if where is None else values), MOST_FIELDS],
+    ).fetchall()
+    for name, kind, count, low, high in found:
+        dated = kind == "text" and is_date(low, high)
+        counted = connection.execute(
+            f"SELECT {'substr(value, 1, 4)' if dated else 'value'}, count(*) FROM fields WHERE name = ? AND kind = ? "
+            f"AND length(value) <= ? AND {passing} GROUP BY 1 ORDER BY 2 DESC, 1 LIMIT ?",
+            [name, kind, LONGEST, *(() if where is None else values), limit],
+        ).fetchall()
+        if kind == "boolean":
+            low, high, counted = bool(low), bool(high), [(bool(value), number) for value, number in counted]
+        yield Facet(name, "date" if dated else kind, count, low, high, tuple(counted))
 
 
 def row_of(item: Item) -> tuple[str, str, str | None, str | None, str, str]:

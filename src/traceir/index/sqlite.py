@@ -24,6 +24,7 @@ import numpy as np
 
 from traceir.errors import InputError, StoreError
 from traceir.index import sql, store
+from traceir.index.facets import SAMPLE, Facet, facets_of, ordered
 from traceir.index.filter_text import as_filter
 from traceir.index.filters import Filter, Scalar, Where
 from traceir.index.keywords import KeywordTable
@@ -36,6 +37,8 @@ from traceir.index.words import KeywordQuery
 from traceir.items import Hit, Item, Modality
 
 FILE_NAME: Final = "index.sqlite"
+COUNTED: Final = 200_000
+"""Items whose facets are counted one by one."""
 _TRIES: Final = 3
 _Found = tuple[float, str, int]  # score, id, number
 _IDS: Final = f"i.id {AMONG}"
@@ -179,6 +182,22 @@ class SqliteIndex(CheckedIndex):
         while page := self._select(f"i.id > ? AND ({clause}) ORDER BY i.id LIMIT {sql.CHUNK}", [after, *values], with_vectors):
             yield from (stored for _, stored in page)
             after = page[-1][1].id
+
+    def facets(self, where: Where = None, *, limit: int) -> list[Facet]:
+        """Exact up to COUNTED items; of more, by items spread evenly over the order in which they came."""
+        if (total := self.count(read := as_filter(where))) > COUNTED:
+            clause, values = compile_filter(read)
+            with self._transaction():
+                last = read_number(self._connection, "SELECT max(n) FROM items")
+            spread = json.dumps(list(range(last, 0, -max(1, last // SAMPLE))))
+            rows = self._select(f"i.n {AMONG} AND ({clause})", [spread, *values], False)
+            return facets_of(((item.id, item.fields) for _, item in rows), limit, total)
+        counted, facets = sql.count_facets(self._connection, read, limit), list[Facet]()
+        while True:  # others may search between two fields
+            with self._transaction():
+                if (facet := next(counted, None)) is None:
+                    return ordered(facets)
+            facets.append(facet)
 
     def info(self) -> IndexInfo:
         with self._transaction():

@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from traceir.errors import InputError, StoreError
+from traceir.index.facets import Facet, facets_of
 from traceir.index.filter_text import as_filter
 from traceir.index.filters import OWN_NAMES, Filter, Where, check_field, is_value, shown
 from traceir.index.pages import Page, Position, check_page
@@ -226,6 +227,11 @@ class Index(Protocol):
 
     def scan(self, where: Where = None, *, with_vectors: bool = False) -> Iterator[Stored]:
         """Every item in order of id (code points); writes made meanwhile may or may not be seen."""
+
+    def facets(self, where: Where = None, *, limit: int) -> list[Facet]:
+        """The fields of the items that pass, those that most have first, each with its `limit` commonest values. Counts may be
+        estimates from some thousand items."""
+        return facets_of(((item.id, item.fields) for item in self.scan(where)), limit, self.count(where))
 
     def info(self) -> IndexInfo: ...
 

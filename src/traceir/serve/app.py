@@ -371,6 +371,17 @@ def _add_items(app: FastAPI, server: Server) -> None:
         of the page before, left out. In order of id it may be any id."""
         return _json(await view.read(lambda: view.items(where, sort, after, offset, limit)))
 
+    @app.get("/v1/facets", tags=["items"], response_model=schemas.FacetsOut)
+    async def facets(principal: Caller, view: View) -> Response:
+        """The fields of all items, with ranges and commonest values, to choose filters from."""
+        return _json(await view.read(lambda: view.facets.of(principal.tenant, view.index)))
+
+    @app.post("/v1/pictures", tags=["items"])
+    async def check(asked: schemas.PictureIn, view: View) -> schemas.PictureOut:
+        """Whether an image can be searched with, told by its header; nothing is kept."""
+        width, height = await view.size_of_image(asked.image)
+        return schemas.PictureOut(width=width, height=height)
+
     @app.delete("/items", tags=["items"])
     async def remove(asked: schemas.IdsIn, request: Request, view: View) -> schemas.Deleted:
         """Removes items; ids that are not there do not count."""

@@ -5,14 +5,18 @@ from __future__ import annotations
 import json
 import unicodedata
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from threading import Lock
 from typing import Any, Final
 
 from traceir.errors import InputError
-from traceir.index.store import Stored
+from traceir.image_formats import FORMATS, SUFFIXES
+from traceir.index.store import Index, Stored
 from traceir.items import MODALITIES, Modality
 from traceir.outside import lines_of
-from traceir.serve.schemas import CutoffConfig, ImageIn, ModelOut, PageConfig, PageExample
+from traceir.serve.schemas import CutoffConfig, FacetOut, FacetsOut, ModelOut, PageConfig, PageExample, PicturesConfig
+from traceir.serve.uploads import LIMITS
 from traceir.world import INSTEAD, World
 
 STATIC: Final = Path(__file__).parent / "static"
@@ -22,6 +26,11 @@ LONGEST: Final = 2000  # characters of an instruction, as in the page's own fiel
 MOST: Final = 200  # instructions that a page suggests
 LOOKED_AT: Final = 64  # items from which a collection is judged and its examples are chosen
 WORDS: Final = 12  # of a text that is an example
+FACETS: Final = 12  # values of each field to choose from
+TENANTS: Final = 256  # whose facets are kept at a time
+PICTURES: Final = PicturesConfig(
+    types={known.media_type: name for name, known in FORMATS.items()}, suffixes=sorted(SUFFIXES), most_bytes=LIMITS.file_bytes
+)
 
 
 def read_instructions(path: Path) -> tuple[str, ...]:
@@ -58,16 +67,30 @@ def page_config(
         title=title, instructions=list(instructions or (BUNDLED["instructions"] if ours else ())), modalities=list(MODALITIES),
         model=model, count={str(name): count for name, count in counts.items()}, examples=examples,
         world=world.says if world else "", reasons=reasons, instead=list(INSTEAD) if world and not at_home else [],
-        cutoff=cutoff or CutoffConfig(default=None, background={}),
+        cutoff=cutoff or CutoffConfig(default=None, background={}), fold=world is None, pictures=PICTURES,
     )  # fmt: skip
 
 
-def examples_of(kept: Sequence[Stored], each: int = 2) -> list[PageExample]:
-    """Queries that a collection suggests: some of its images, and the first words of some of its texts."""
-    images, texts = [item for item in kept if item.image is not None], [item for item in kept if item.text]
-    examples = [
-        PageExample(title="more like this", image=ImageIn(item=item.id)) for item in images[:: -(-len(images) // each) or 1]
-    ]
-    for item in texts[:: -(-len(texts) // each) or 1]:
-        examples.append(PageExample(title="in these words", text=" ".join(str(item.text).split()[:WORDS])))
-    return examples
+@dataclass(slots=True)
+class FacetCache:
+    """The facets of each tenant's part of an index, as JSON of a FacetsOut, for as long as the index stays as it is."""
+
+    kept: dict[str | None, tuple[str, str]] = field(default_factory=dict)
+    lock: Lock = field(default_factory=Lock)  # so that who asks together does not count side by side
+
+    def of(self, tenant: str | None, index: Index) -> str:
+        with self.lock:
+            version = index.version()
+            if (known := self.kept.get(tenant)) is None or known[0] != version:
+                if len(self.kept) > TENANTS:
+                    self.kept.clear()
+                facets = [FacetOut(**asdict(facet)) for facet in index.facets(limit=FACETS)]
+                self.kept[tenant] = known = version, FacetsOut(facets=facets).model_dump_json()
+            return known[1]
+
+
+def examples_of(kept: Sequence[Stored], most: int = 2) -> list[PageExample]:
+    """Queries that a collection suggests: the first words of some of its texts. Its images the page shows by itself."""
+    texts = [item.text for item in kept if item.text]
+    chosen = texts[:: -(-len(texts) // most) or 1]
+    return [PageExample(title="in these words", text=" ".join(text.split()[:WORDS])) for text in chosen]

@@ -24,6 +24,7 @@ from pydantic import (
 )
 
 from traceir.cutoff import Cut
+from traceir.index.facets import FacetKind
 from traceir.index.filters import MAX_LIST_VALUES, MAX_NAME_BYTES
 from traceir.index.filters import MAX_VALUES as MAX_FILTER_VALUES
 from traceir.index.store import MAX_ID_BYTES, check_id
@@ -447,6 +448,35 @@ class ModelsOut(BaseModel):
     data: list[ModelOut]
 
 
+class FacetOut(BaseModel):
+    """A field that `count` items have. `values`: the commonest with how many have them; of dates the years, of `id` (kind
+    `folder`) the first folders. `low` and `high` are the ends of all values. In large collections counts are estimates."""
+
+    name: str
+    kind: FacetKind
+    count: int
+    low: Value
+    high: Value
+    values: list[tuple[Value, int]]
+
+
+class FacetsOut(BaseModel):
+    """Fields to choose filters from, those that most items have first."""
+
+    facets: list[FacetOut]
+
+
+class PictureIn(Strict):
+    image: ImageIn
+
+
+class PictureOut(BaseModel):
+    """An image that can be searched with; pixels."""
+
+    width: int
+    height: int
+
+
 class PageExample(SearchIn):
     """A query that the page offers; `title` says what it shows."""
 
@@ -460,9 +490,18 @@ class CutoffConfig(BaseModel):
     background: dict[Modality, int]
 
 
+class PicturesConfig(BaseModel):
+    """Images that can be searched with: names of formats by media type, suffixes of files, and bytes of one at most."""
+
+    types: dict[str, str]
+    suffixes: list[str]
+    most_bytes: int
+
+
 class PageConfig(BaseModel):
     """What the page shows before the first search. `world`: what alone the model knows, "" where it has no bounds; `reasons`:
-    whether queries may be reasoned about; `instead`: commands that help where the collection is not what the model knows."""
+    whether queries may be reasoned about; `instead`: commands that help where the collection is not what the model knows;
+    `fold`: whether near-duplicates are folded if nobody says otherwise, which a model that knows little makes many of."""
 
     title: str
     instructions: list[str]
@@ -474,6 +513,8 @@ class PageConfig(BaseModel):
     reasons: bool
     instead: list[str]
     cutoff: CutoffConfig
+    fold: bool
+    pictures: PicturesConfig
 
 
 class Status(BaseModel):

@@ -29,6 +29,7 @@ from traceir.serve.bodies import MAX_ANSWER
 from traceir.serve.fair import patient
 from traceir.serve.jobs import BusyError, LateError, Listener, Served
 from traceir.serve.metrics import Metrics
+from traceir.serve.page import FacetCache
 from traceir.serve.scheduler import Scheduler
 from traceir.serve.strict import read_items
 from traceir.serve.tenants import TenantIndex, TenantPresence, check_name
@@ -65,6 +66,7 @@ class Service:
     deadline_s: float = 60.0
     cutoff: float | None = None
     calibrations: Calibrations = field(default_factory=Calibrations)
+    facets: FacetCache = field(default_factory=FacetCache)
     noted: Noted | None = None
     reranker: Reranker | None = None
     reranking: ThreadPoolExecutor | None = None
@@ -356,6 +358,12 @@ class Service:
         behind = end and (end[1] if sort in _BY_ID else json.dumps(end))
         items = [schemas.ItemOut(**_shown(stored)) for stored in shown]
         return schemas.ItemPage(items=items, offset=offset, more=more, next=behind).model_dump_json()
+
+    async def size_of_image(self, sent: schemas.ImageIn) -> tuple[int, int]:
+        """Width and height of an image that can be searched with, by its header. Raises InputError, ImageError."""
+        image = await self.uploads.take(sent.model_dump(exclude_none=True), "image", self.sources)
+        with without_paths([image], "image: "):
+            return await self.read(image.size)
 
     async def jpeg(self, id: str, side: int) -> bytes:
         """The image of an item as JPEG, its longer side at most `side` pixels. Raises InputError where there is none."""

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from typing import Final, TypeVar
 
 from traceir.errors import InputError
+from traceir.index.facets import Facet
 from traceir.index.filter_text import as_filter
 from traceir.index.filters import And, Eq, Filter, Glob, In, Leaf, Range, Where, map_leaves
 from traceir.index.pages import Position
@@ -122,6 +123,15 @@ class TenantIndex:
 
     def scan(self, where: Where = None, *, with_vectors: bool = False) -> Iterator[Stored]:
         return self._shown(self._index.scan(self._narrow(where), with_vectors=with_vectors))
+
+    def facets(self, where: Where = None, *, limit: int) -> list[Facet]:
+        """As the index's, without the server's own fields and as the tenant knows its folders."""
+        facets = [facet for facet in self._index.facets(self._narrow(where), limit=limit) if facet.name not in OWN_FIELDS]
+        return [facet if facet.kind != "folder" else self._own_folders(facet) for facet in facets]
+
+    def _own_folders(self, facet: Facet) -> Facet:
+        low, high, *names = (str(name).removeprefix(self._prefix) for name in (facet.low, facet.high, *dict(facet.values)))
+        return replace(facet, low=low, high=high, values=tuple(zip(names, dict(facet.values).values(), strict=True)))
 
     def keep_note(self, name: str, value: str) -> None:
         raise InputError(f"note {name!r} cannot be kept here; notes are of the whole index")

@@ -3,15 +3,16 @@
 import { askJson, key, thumb } from "./api.js";
 import { Composer } from "./composer.js";
 import { announce, button, el, find, isTyping, onClick, openDialog, plural, say, toast } from "./dom.js";
+import { conditionFor, conditionsOf, joined, rowsOf } from "./filters.js";
 import {
-  NOUNS, clearHistory, drawHistory, fromHash, fromRecord, hitPicture, isEmpty, itemPicture, makeQuery, remember, samePicture, sayQuery, toHash,
+  NOUNS, browses, clearHistory, drawHistory, fromHash, hitPicture, isEmpty, makeQuery, remember, samePicture, sayQuery, toHash, toPath,
 } from "./query.js";
-import { Column, Details, drawVerdict, linkTwins } from "./results.js";
+import { Column, Details, drawVerdict, nameOf } from "./results.js";
 import { follow, newRun, nextPage } from "./run.js";
 
 const WAIT_FOR_MODEL = 2000;
 const EMPTY_HELP = "traceir index add FOLDER --index DIR";
-const SHELF = { pictures: 6, pages: 9, items: 24 }; // so many pictures at most, from so many pages of so many items
+const SHELF = 18; // pictures to start from
 let config = {};
 const turns = new Map(); // a turn is {id, query, parent, run, other}: each refinement has the turn before it as its parent
 let trail = []; // the way to the current turn, and onwards
@@ -20,23 +21,21 @@ let parent = null; // the turn that the search box shows
 let taken = null; // the id of the hit that "now make it ..." took from it
 let columns = [];
 let running = null; // {run, abort}
-const composer = new Composer({ search, stop });
-const details = new Details({ refine, use });
+const composer = new Composer({ search, apply, stop });
+const details = new Details({ refine, use, weigh, similar });
 const actions = {
   open: openHit,
   refine,
   more,
   compare,
-  retry(run) {
-    start(run);
-    find("stop").focus();
-  },
+  retry: (run) => { start(run); find("stop").focus(); },
+  unfiltered: () => composer.setWhere(""),
   anything: (query) => searchAnew(makeQuery({ ...query, modality: "" }), current.parent),
 };
 
 function search(query, { from = parentOf(query) } = {}) {
   if (isEmpty(query)) {
-    composer.complain("Give a picture, words, or an instruction.");
+    composer.complain("Give a picture, words, or a filter.");
     find("text").focus();
     return;
   }
@@ -48,6 +47,12 @@ function search(query, { from = parentOf(query) } = {}) {
   find("workspace").scrollIntoView({ block: "start" });
 }
 
+// A control was changed: what is shown is asked anew beside the current turn, and a filter alone is something to show.
+function apply() {
+  if (current) begin(makeQuery({ ...current.query, ...composer.controls(), instruction: composer.query().instruction }), current.parent, "pushState");
+  else if (composer.where || (composer.query().sort && browses(composer.query()))) search(composer.query());
+}
+
 function searchAnew(query, from = null) {
   composer.setQuery(query);
   search(query, { from });
@@ -57,7 +62,7 @@ function searchAnew(query, from = null) {
 // "replaceState". Its entries outlive this page, so ids must not come again after a reload.
 function begin(query, from, way) {
   const id = `${performance.timeOrigin}-${turns.size}`;
-  turns.set(id, { id, query, parent: from, run: newRun(query, composer.cutoffFor(query)), other: null });
+  turns.set(id, { id, query, parent: from, run: newRun(query, composer.decisionsFor(query)), other: null });
   enter(turns.get(id), way);
   start(current.run);
 }
@@ -94,7 +99,7 @@ function parentOf({ picture }) {
   if (picture.kind === "item" && picture.id === taken) return parent;
   if (samePicture(parent.query.picture, picture)) return parent.parent;
   const hits = [...parent.run.hits, ...(parent.other?.hits ?? [])];
-  return picture.kind === "item" && hits.some((hit) => hit.id === picture.id) ? parent : null; // dragged
+  return picture.kind === "item" && hits.some((hit) => hit.id === picture.id) ? parent : null; // of a hit shown
 }
 
 async function start(run) {
@@ -122,8 +127,8 @@ function changed(run, what) {
   update();
   const [first] = run.hits;
   if (what !== "hits" || !first) return;
-  const how = run.route === "reason" ? "with reasoning" : "without reasoning";
-  announce(`${plural(run.hits.length, "hit")} ${how}. The first: ${(first.text ?? first.id).slice(0, 200)}`);
+  const how = { reason: " with reasoning", direct: " without reasoning" }[run.route] ?? "";
+  announce(`${plural(run.hits.length, "hit")}${how}. The first: ${(first.text ?? nameOf(first)).slice(0, 200)}`);
 }
 
 async function more(column) {
@@ -182,8 +187,8 @@ function update() {
 
 function compare() {
   const turn = current;
-  if (!turn || turn.other || turn.run.status !== "done" || config.reasons === false) return;
-  turn.other = newRun(turn.query, turn.run.cutoff, turn.run.route === "reason" ? "direct" : "reason");
+  if (!turn || turn.other || turn.run.status !== "done" || !turn.run.route || config.reasons === false) return;
+  turn.other = newRun(turn.query, turn.run, turn.run.route === "reason" ? "direct" : "reason");
   show(turn);
   start(turn.other);
   find("verdict").querySelector("button").focus();
@@ -199,7 +204,8 @@ function leaveComparison() {
 
 function openHit(run, place) {
   const column = columns.find((shown) => shown.run === run);
-  details.open(run.hits, place, (last) => { if (!document.activeElement?.closest("#composer")) column.grid.cards[last]?.opener.focus(); });
+  const closed = (last) => { if (!document.activeElement?.closest("#composer")) column.grid.cards[last]?.opener.focus(); };
+  details.open(run.hits, place, { closed, weighs: !run.browses && run.query.mode !== "keyword" });
 }
 
 function refine(hit) {
@@ -210,6 +216,19 @@ function refine(hit) {
 
 function use(hit) {
   searchAnew(makeQuery({ ...composer.query(), text: hit.text, picture: hit.image && hitPicture(hit), instruction: "" }), current);
+}
+
+// Away from a hit (-1), or towards it.
+function weigh(hit, sign) {
+  const term = { weight: sign * 0.5, ...(hit.image ? { id: hit.id, label: nameOf(hit) } : { text: hit.text.slice(0, 400) }) };
+  composer.setTerms([...composer.terms.filter(({ id, text }) => (hit.image ? id !== hit.id : text !== term.text)), term]);
+}
+
+// What lies near a hit, without it.
+async function similar(hit) {
+  const asked = hit.image ? { image: { item: hit.id } } : { text: hit.text };
+  const { hits } = await askJson("/search", { ...asked, route: "direct", k: 9, cutoff: 0 });
+  return hits.filter(({ id }) => id !== hit.id);
 }
 
 function goHome() {
@@ -229,7 +248,7 @@ function drawLanding() {
   if (!counts.length) {
     showNotice("The collection is empty", el("p", {}, "Add a folder of pictures and texts with ", code(EMPTY_HELP), ", or post them to ",
       code("/items"), ". Then load this page again."));
-  } else if (config.world && config.instead.length) {
+  } else if (config.world && config.instead?.length) {
     showNotice("This model does not know your collection", el("div", {}, el("p", { dir: "auto", text: config.world }),
       el("p", { text: "Hits that mean something take a model that knows such things, for instance:" }),
       ...config.instead.map((command) => el("p", {}, code(command)))));
@@ -239,7 +258,29 @@ function drawLanding() {
     find("notice").hidden = true;
   }
   fill("examples", (config.examples ?? []).map(drawExample));
-  drawShelf(counts.reduce((sum, [, count]) => sum + count, 0));
+}
+
+// What the collection suggests: its newest pictures, and values that many items share.
+async function drawCollection() {
+  const { facets } = await askJson("/v1/facets").catch(() => ({ facets: [] }));
+  composer.setFacets(facets);
+  find("facets").replaceChildren(...rowsOf(facets).map((facet) => el("div", {}, el("h3", { text: NAMES[facet.kind] ?? facet.name }),
+    el("ul", { class: "chips", role: "list" }, ...facet.values.slice(0, 8).map(([value, count]) => el("li", {},
+      button([`${value} `, el("span", { class: "number", text: count.toLocaleString("en") })], () => narrow(facet, value), { class: "chip" })))))));
+  const sort = composer.date ? `-${composer.date}` : "";
+  const { items = [] } = await askJson(toPath({ where: "", sort, modality: "" }, { limit: sort ? 4 * SHELF : 300 })).catch(() => ({}));
+  say(find("shelf-title"), sort ? "Newest" : "From this collection");
+  const pictures = items.filter(({ image }) => image);
+  const step = sort ? 1 : Math.max(1, Math.floor(pictures.length / SHELF)); // without dates from all over what was read
+  fill("shelf", pictures.filter((_, place) => place % step === 0).slice(0, SHELF).map((item) =>
+    button([thumb(hitPicture(item), item.text?.slice(0, 200) || `picture ${nameOf(item)}`)], () => refine(item), { title: item.id })));
+}
+
+const NAMES = { date: "Years", folder: "Folders" };
+
+function narrow(facet, value) {
+  if (composer.date && browses(composer.query())) find("sort").value = `-${composer.date}`;
+  composer.setWhere(joined([...conditionsOf(composer.where), ...conditionsOf(conditionFor(facet, value))]));
 }
 
 // A list that is hidden with its heading while it is empty.
@@ -249,22 +290,8 @@ function fill(id, entries) {
 }
 
 function drawExample(example) {
-  const query = fromRecord(example);
-  const words = el("span", {}, el("b", { dir: "auto", text: example.title }), el("span", { class: "asked", dir: "auto", text: query.text || query.instruction }));
-  return button([thumb(query.picture), words], () => searchAnew(query), { class: "example" });
-}
-
-// Pictures from all over the collection, to start from without a picture of one's own.
-async function drawShelf(total) {
-  const offsets = new Set(Array.from({ length: total && SHELF.pages }, (_, page) => Math.floor((total * page) / SHELF.pages)));
-  const pages = await Promise.all([...offsets].map((offset) => askJson(`/items?offset=${offset}&limit=${SHELF.items}`).catch(() => ({}))));
-  const items = new Map();
-  for (const page of pages) {
-    const item = page.items?.find(({ id, image }) => image && !items.has(id));
-    if (item && items.size < SHELF.pictures) items.set(item.id, item);
-  }
-  fill("shelf", [...items.values()].map((item) =>
-    button([thumb(itemPicture(item.id, "", item.image), item.text?.slice(0, 200) || `picture ${item.id}`)], () => refine(item))));
+  const words = el("span", {}, el("b", { dir: "auto", text: example.title }), el("span", { class: "asked", dir: "auto", text: example.text || example.instruction }));
+  return button(words, () => searchAnew(makeQuery(example)), { class: "example" });
 }
 
 function showNotice(title, body, retry = null) {
@@ -300,11 +327,9 @@ onClick("open-key", () => askForKey("A key is set for this tab.", null));
 onClick("open-help", () => openDialog(find("help")));
 
 onClick("open-history", () => {
-  drawHistory(find("past"), (query, leftOut) => {
+  drawHistory(find("past"), (query) => {
     find("history").close();
-    if (!leftOut) return searchAnew(query);
-    composer.setQuery(query);
-    return composer.complain(`The picture “${leftOut}” was too large to keep. Add it again, then search.`);
+    searchAnew(query);
   });
   openDialog(find("history"));
 });
@@ -313,13 +338,6 @@ onClick("clear-history", () => {
   clearHistory();
   drawHistory(find("past"));
   announce("History cleared");
-});
-
-onClick("home", (event) => {
-  if (event.ctrlKey || event.metaKey || event.shiftKey || event.button) return;
-  event.preventDefault();
-  history.pushState({}, "", location.pathname + location.search);
-  goHome();
 });
 
 addEventListener("popstate", (event) => {
@@ -335,7 +353,7 @@ function readAddress() {
   return begin(query, null, "replaceState");
 }
 
-const KEYS = { "/": () => find("text").focus(), "?": () => openDialog(find("help")), "c": compare, "[": () => step(-1), "]": () => step(1) };
+const KEYS = { "/": () => find("text").focus(), "f": () => composer.openPanel(true, true), "?": () => openDialog(find("help")), "c": compare, "[": () => step(-1), "]": () => step(1) };
 
 addEventListener("keydown", (event) => {
   if (event.ctrlKey || event.metaKey || event.altKey || event.isComposing || document.querySelector("dialog[open]")) return;
@@ -368,14 +386,13 @@ async function loadConfig() {
     }
     return;
   }
-  composer.setInstructions(config.instructions ?? []);
-  composer.setCutoff(config.cutoff);
+  composer.setConfig(config);
   document.body.classList.toggle("one-pass", config.reasons === false);
   drawLanding();
+  drawCollection();
   if (!find("landing").hidden) document.title = config.title || "TraceIR";
 }
 
-linkTwins(find("columns"));
 find("open-key").hidden = !key.get();
 if (document.activeElement === document.body && matchMedia("(hover: hover)").matches) find("text").focus();
 await loadConfig();

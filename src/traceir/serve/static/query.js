@@ -1,21 +1,26 @@
-// A query of the page: {text, picture, instruction, modality, route}, never changed once made; and the queries of the past.
-// picture: null, {kind: "file", data: "data:image/...", name} or {kind: "item", id, label, path}; a null path is looked up. modality: "" is any.
+// A query of the page, never changed once made; and the queries of the past. Without text, picture and instruction it looks through the
+// collection. picture: null, {kind: "file", data: "data:image/...", name} or {kind: "item", id, label, path}; a null path is looked up.
+// modality: "" is any; where, sort: "" is none; fold, cutoff: null is the page's and the server's own. terms: [{weight, text} or {weight, id}].
 
 import { thumb } from "./api.js";
 import { button, el } from "./dom.js";
 
 const ROUTES = ["auto", "reason", "direct"];
+const MODES = ["vector", "keyword", "hybrid"];
 const HISTORY = "traceir.history";
 const MOST = 60; // queries of the past
-export const PICTURE_CHARACTERS = 96 * 1024;
 export const NOUNS = { image: "picture", text: "text", "image,text": "pair" };
 
-export function makeQuery({ text, instruction, modality, route, picture }) {
+export function makeQuery({ text, instruction, modality, route, picture, mode, where, sort, fold, cutoff, terms }) {
+  const trimmed = (value) => String(value ?? "").trim();
   return Object.freeze({
-    text: String(text ?? "").trim(),
-    instruction: String(instruction ?? "").trim(),
+    text: trimmed(text), instruction: trimmed(instruction), where: trimmed(where), sort: trimmed(sort),
     modality: Object.hasOwn(NOUNS, modality ?? "") ? modality : "",
     route: ROUTES.includes(route) ? route : "auto",
+    mode: MODES.includes(mode) ? mode : "vector",
+    fold: typeof fold === "boolean" ? fold : null,
+    cutoff: Number.isFinite(cutoff) && cutoff >= 0 && cutoff < 1 ? cutoff : null,
+    terms: (Array.isArray(terms) ? terms : []).filter(({ weight, text: words, id }) => Number.isFinite(weight) && weight && (words || id)),
     picture: picture ?? null,
   });
 }
@@ -24,21 +29,33 @@ export const itemPicture = (id, label = "", path = null) => Object.freeze({ kind
 export const hitPicture = (hit) => itemPicture(hit.id, hit.text ?? hit.id, hit.image);
 export const filePicture = (data, name = "picture") => Object.freeze({ kind: "file", data, name });
 
-export const isEmpty = (query) => !query.text && !query.picture && !query.instruction;
+// Whether it only looks through the collection, and whether not even that.
+export const browses = (query) => !query.text && !query.picture && !query.instruction;
+export const isEmpty = (query) => browses(query) && !query.where && !query.sort;
 
 // The modality of the query itself.
 export const kindOf = (query) => (query.picture ? (query.text ? "image,text" : "image") : "text");
 
 export const samePicture = (mine, other) => mine && other && mine.kind === other.kind && (mine.id ?? mine.data) === (other.id ?? other.data);
-// Those of its fields that say something.
-const filled = ({ text, instruction, modality }) => Object.entries({ text, instruction, modality }).filter(([, value]) => value);
+// Those of its fields that say something; what they say by default.
+const DEFAULTS = { text: "", instruction: "", modality: "", where: "", sort: "", route: "auto", mode: "vector", fold: null, cutoff: null };
+const filled = (query, names = Object.keys(DEFAULTS)) => Object.fromEntries(names.filter((name) => query[name] !== DEFAULTS[name]).map((name) => [name, query[name]]));
 
-// The body of POST /search and POST /search/stream.
-export function toRequest(query, { k, offset = 0, route = query.route, cutoff = null }) {
-  const body = { route, k, offset, ...Object.fromEntries(filled(query)) };
+// The body of POST /search and POST /search/stream; `how`: k, offset or after, and what the page decides.
+export function toRequest(query, { fold, cutoff, ...how }) {
+  const body = { ...filled(query, ["text", "instruction", "modality", "where", "sort", "mode"]), route: query.route, ...how };
   if (cutoff !== null) body.cutoff = cutoff;
+  if (fold) body.fold = true;
+  if (query.terms.length && query.mode !== "keyword") body.terms = query.terms.map(({ weight, text, id }) => ({ weight, ...(id ? { image: { item: id } } : { text }) }));
   if (query.picture) body.image = query.picture.kind === "item" ? { item: query.picture.id } : { data: query.picture.data };
   return body;
+}
+
+// The path of a page of GET /items, for a query that only looks through the collection.
+export function toPath({ where, sort, modality }, { limit, after }) {
+  const kind = modality && `modality="${modality}"`;
+  const parts = { where: where && kind ? `(${where}) and ${kind}` : where || kind, sort, after };
+  return `/items?${new URLSearchParams([["limit", limit], ...Object.entries(parts).filter(([, value]) => value)])}`;
 }
 
 // The query as the hash of an address; null where it has a picture that only this page holds.
@@ -46,7 +63,7 @@ export function toHash(query) {
   if (query.picture?.kind === "file") return null;
   const parts = new URLSearchParams(filled(query));
   if (query.picture) parts.set("item", query.picture.id);
-  if (query.route !== "auto") parts.set("route", query.route);
+  for (const { weight, text, id } of query.terms) parts.append("term", `${weight}:${id ? `item:${id}` : `text:${text}`}`);
   return `#${parts}`;
 }
 
@@ -54,72 +71,50 @@ export function toHash(query) {
 export function fromHash(hash) {
   const parts = new URLSearchParams(hash.replace(/^#/, ""));
   const item = parts.get("item");
-  const query = makeQuery({ ...Object.fromEntries(parts), picture: item ? itemPicture(item) : null });
+  const terms = parts.getAll("term").map((term) => /^([-+.\d]+):(text|item):(.+)$/s.exec(term)).filter(Boolean)
+    .map(([, weight, kind, value]) => ({ weight: Number(weight), [kind === "item" ? "id" : "text"]: value }));
+  const fold = { true: true, false: false }[parts.get("fold")];
+  const cutoff = parts.has("cutoff") ? Number(parts.get("cutoff")) : null;
+  const query = makeQuery({ ...Object.fromEntries(parts), fold, cutoff, terms, picture: item ? itemPicture(item) : null });
   return isEmpty(query) ? null : query;
 }
 
-// An example of /page/config, or an entry of the history, whose picture is {"item": id}, {"data": "data:..."} or missing.
-export function fromRecord(record) {
-  const { image } = record;
-  let picture = null;
-  if (typeof image?.item === "string") picture = itemPicture(image.item, image.label ?? "");
-  else if (typeof image?.data === "string" && image.data.startsWith("data:image/")) picture = filePicture(image.data, image.name);
-  return makeQuery({ ...record, picture });
-}
-
 export function sayQuery(query) {
-  const words = query.text || query.instruction;
+  const words = query.text || query.instruction || (query.picture ? "" : query.where || "everything");
   return query.picture ? (words ? `picture + ${words}` : "by picture") : words;
 }
 
-// The past is in this browser's localStorage. Pictures over a size are left out; a full store loses pictures, then the oldest.
-export function readHistory() {
+// The past is in this browser's localStorage, as addresses; so a picture that only this page holds is not kept.
+function readHistory() {
   try {
-    return JSON.parse(localStorage.getItem(HISTORY) ?? "[]").filter((record) => record !== null && typeof record === "object");
+    return JSON.parse(localStorage.getItem(HISTORY) ?? "[]").filter((record) => typeof record?.hash === "string" && fromHash(record.hash));
   } catch {
     return []; // not ours, or storage is forbidden
   }
 }
 
 export function remember(query) {
-  const fresh = toRecord(query);
-  const same = (record) => JSON.stringify({ ...record, when: 0 }) === JSON.stringify({ ...fresh, when: 0 });
-  write([fresh, ...readHistory().filter((record) => !same(record))].slice(0, MOST));
+  const hash = toHash(query);
+  const others = readHistory().filter((record) => record.hash !== hash);
+  try {
+    if (hash) localStorage.setItem(HISTORY, JSON.stringify([{ when: Date.now(), hash }, ...others].slice(0, MOST)));
+  } catch {
+    // Storage is full or forbidden: no history then.
+  }
 }
 
 export const clearHistory = () => localStorage.removeItem(HISTORY);
 
-function toRecord({ text, instruction, modality, route, picture }) {
-  const record = { when: Date.now(), text, instruction, modality, route };
-  if (picture?.kind === "item") record.image = { item: picture.id, label: picture.label.slice(0, 200) };
-  else if (picture) record.image = { data: picture.data, name: picture.name };
-  return picture?.data?.length > PICTURE_CHARACTERS ? withoutPicture(record) : record;
-}
-
-const withoutPicture = ({ image, ...rest }) => ({ ...rest, left_out: image.name ?? "picture" });
-
-function write(records) {
-  try {
-    localStorage.setItem(HISTORY, JSON.stringify(records));
-  } catch {
-    if (!records.length) return; // storage is forbidden: no history then
-    const bare = records.findLastIndex((record) => record.image?.data);
-    write(bare < 0 ? records.slice(0, -1) : records.with(bare, withoutPicture(records[bare])));
-  }
-}
-
-// Fills a list with the past; `choose(query, left_out)` is called with the one that is pressed.
+// Fills a list with the past; `choose(query)` is called with the one that is pressed.
 export function drawHistory(list, choose) {
-  list.replaceChildren(...readHistory().map((record) => el("li", {}, entry(record, choose))));
+  list.replaceChildren(...readHistory().map(({ hash, when }) => el("li", {}, entry(fromHash(hash), when, choose))));
   if (!list.children.length) list.append(el("li", { class: "quiet", text: "Nothing yet." }));
 }
 
-function entry(record, choose) {
-  const query = fromRecord(record);
-  const about = [record.left_out ? "its picture was not kept" : "", query.route === "auto" ? "" : query.route, ago(record.when)];
-  const words = el("span", { class: "row-words" }, el("span", { dir: "auto", text: sayQuery(query) || "a picture" }),
-    el("span", { class: "quiet", text: about.filter(Boolean).join(" · ") }));
-  return button([thumb(query.picture), words], () => choose(query, record.left_out ?? ""), { class: "row" });
+function entry(query, when, choose) {
+  const about = [query.route === "auto" ? "" : query.route, query.text && query.where, ago(when)].filter(Boolean).join(" · ");
+  const words = el("span", { class: "row-words" }, el("span", { dir: "auto", text: sayQuery(query) || "a picture" }), el("span", { class: "quiet", text: about }));
+  return button([thumb(query.picture), words], () => choose(query), { class: "row" });
 }
 
 function ago(when) {

@@ -1,16 +1,23 @@
 // One search on the page: how it was taken and its hits, or the state that stands in their place; two routes of one query side by side;
 // and all that is known of one hit, in a dialog. Arrows move among the cards of hits, Enter opens one, R takes it further.
 
-import { showPicture } from "./api.js";
-import { announce, button, el, find, fixed, icon, openDialog, plural, say, sayRate, seconds, toast } from "./dom.js";
+import { askJson, showPicture } from "./api.js";
+import { announce, button, el, find, fixed, icon, openDialog, plural, say, sayRate, toast } from "./dom.js";
 import { NOUNS } from "./query.js";
 import { PAGE, TracePanel, moves } from "./run.js";
 
 const LONGEST = 20000; // characters of a text in the dialog
-export const DRAGGED = "application/x-traceir-item";
 const TITLES = { 0: "No connection", 401: "A key is needed", 403: "This key may not search", 429: "The server is busy", 503: "The server is not ready" };
-const LEGEND = [["▲", "up", "higher here than on the other route"], ["▼", "down", "lower here"], ["=", "", "the same place"],
-  ["only here", "new", "not among the other's hits"]];
+
+// The last part of an id, which is a file's name; pages and moments of a file keep their "#...".
+export const nameOf = ({ id, fields }) => (typeof fields?.name === "string" && fields.name) || id.replace(/^.*\/(?=[^/])/s, "");
+
+// Date and camera in a few words.
+function aboutOf({ fields = {} }) {
+  const [, day, time] = /^(\d{4}-\d\d-\d\d)(T\d\d:\d\d)?/.exec(fields.date) ?? [];
+  const date = day ? new Date(`${day}${time ?? "T12:00"}`).toLocaleDateString([], { dateStyle: "medium" }) : String(fields.date ?? "");
+  return [date, fields.camera ?? ""].filter(Boolean).join(" · ");
+}
 
 export class Column {
   // actions: {open(run, place), refine(hit), retry(run), more(column), anything(query), compare()}
@@ -42,10 +49,11 @@ export class Column {
     say(this.count, this.counted());
     this.note.hidden = !run.note;
     say(this.note, run.note ?? "");
-    this.more.hidden = !run.more || run.status !== "done";
+    this.more.hidden = !run.next || run.status !== "done";
     this.more.disabled = run.paging;
-    say(this.more, run.paging ? "Loading …" : "More hits");
-    this.compare.hidden = other !== null || run.status !== "done";
+    say(this.more, run.paging ? "Loading …" : "Show more");
+    this.compare.hidden = other !== null || run.status !== "done" || !run.route;
+    this.element.classList.toggle("bare", run.browses || run.query.mode === "keyword");
     say(this.compare, `Compare ${run.route === "reason" ? "without" : "with"} reasoning`);
   }
 
@@ -53,8 +61,10 @@ export class Column {
     const { run } = this;
     if (run.status !== "done" || !run.hits.length) return "";
     const count = plural(run.hits.length, NOUNS[run.query.modality] ?? "item");
-    if (run.more) return `the best ${count}`;
-    return run.cut ? `${count} above the cut-off, best first` : `all ${count}, best first`;
+    const sort = find("sort").selectedOptions[0]?.text.toLowerCase();
+    const order = run.query.sort ? sort : run.browses ? "by name" : "best first";
+    const which = run.next ? `the first ${count}` : `all ${count}${run.cut ? " above the cut-off" : ""}`;
+    return `${which}, ${order}`;
   }
 
   showState() {
@@ -86,6 +96,7 @@ export class Column {
         button("Show the nearest all the same", () => actions.retry(Object.assign(run, { cutoff: 0 }))));
     }
     const noun = NOUNS[run.query.modality];
+    if (run.query.where) return says("No hits", "Nothing in this collection passes the filter and fits.", button("Search without the filter", actions.unfiltered, { class: "strong" }));
     if (!noun) return says("No hits", "The collection is empty.");
     return says("No hits", `There is no ${noun} in this collection that fits.`,
       button("Look for anything", () => actions.anything(run.query), { class: "strong" }));
@@ -99,9 +110,7 @@ const sayCut = (cut) =>
 // The line above two columns: what the routes agree on, what moved, and what reasoning cost. `leave` ends the comparison.
 export function drawVerdict(verdict, mine, other, leave) {
   if (verdict.hidden || !verdict.firstChild) {
-    const legend = LEGEND.map(([sign, kind, words]) => el("span", {}, el("span", { class: `move ${kind}`, text: sign }), ` ${words}`));
-    verdict.replaceChildren(el("p", { role: "status" }), button("End the comparison", leave, { "aria-keyshortcuts": "Escape" }),
-      el("p", { class: "legend quiet" }, ...legend));
+    verdict.replaceChildren(el("p", { role: "status" }), button("End the comparison", leave, { "aria-keyshortcuts": "Escape" }));
   }
   verdict.hidden = false;
   const text = el("p", {}, ...(mine.status === "done" && other.status === "done" ? compared(mine, other) : ["Comparing the two routes …"]));
@@ -114,24 +123,7 @@ function compared(mine, other) {
   const kept = shared.filter((move) => move === 0).length;
   const same = first.length > 0 && first[0].id === second[0]?.id;
   return [el("b", { text: same ? "Both routes find the same first hit." : "The routes disagree on the first hit." }),
-    ` They share ${shared.length} of ${Math.max(first.length, second.length)}: ${kept} in the same place, ${shared.length - kept} moved.`,
-    costOf(...(mine.route === "reason" ? [mine, other] : [other, mine]))];
-}
-
-function costOf(reasoned, direct) {
-  if (reasoned.route === direct.route) return ` Both took the ${direct.route} route.`;
-  const more = (reasoned.trace.seconds?.encode ?? NaN) - (direct.trace.seconds?.encode ?? NaN);
-  const fresh = !reasoned.trace.cached && !direct.trace.cached && more > 0;
-  return ` Reasoning cost ${plural(reasoned.trace.tokens ?? 0, "token")}${fresh ? ` and ${seconds(more)}` : ""}.`;
-}
-
-// While a hit is pointed at or has the focus, the same hit in the other column is marked.
-export function linkTwins(columns) {
-  const mark = (event) => {
-    const card = event.type === "focusout" ? null : event.target.closest(".card[data-id]");
-    for (const other of columns.querySelectorAll(".card")) other.classList.toggle("twin", Boolean(card) && other !== card && other.dataset.id === card.dataset.id);
-  };
-  for (const kind of ["pointerover", "pointerleave", "focusin", "focusout"]) columns.addEventListener(kind, mark);
+    ` They share ${shared.length} of ${Math.max(first.length, second.length)}: ${kept} in the same place, ${shared.length - kept} moved.`];
 }
 
 class Grid {
@@ -174,8 +166,8 @@ class Grid {
 
   // Tab stops at this card and its button alone; the arrows go on from there.
   setStop(stop) {
-    this.cards.forEach(({ opener, refine }, place) => {
-      for (const control of [opener, refine]) if (control) control.tabIndex = place === stop ? 0 : -1;
+    this.cards.forEach(({ opener, folded, refine }, place) => {
+      for (const control of [opener, folded, refine]) if (control) control.tabIndex = place === stop ? 0 : -1;
     });
   }
 
@@ -210,24 +202,27 @@ class Grid {
 
 function makeCard(hit, place, actions) {
   const text = hit.text?.slice(0, 600);
-  const face = [hit.image && framed("span", hit, 512), text && el("span", { class: "caption", dir: "auto", text }),
-    !hit.image && !text && el("span", { class: "caption quiet", text: hit.id })];
+  const face = [hit.image && framed("span", hit, 512), text && el("span", { class: "caption", dir: "auto", text })];
   const move = el("span", { class: "move", hidden: true });
-  const foot = el("span", { class: "foot" },
-    el("span", { class: "rank number", text: hit.rank }), move, el("span", { class: "score number", text: fixed(hit.score) }));
+  const scored = Number.isFinite(hit.score);
+  const score = scored && el("span", { class: "score number", text: fixed(hit.score), title: Object.entries(hit.scores ?? {}).map(([name, value]) => `${name} ${fixed(value)}`).join(" · ") || null });
+  const about = aboutOf(hit);
+  const foot = el("span", { class: "foot" }, el("span", { class: "rank number", text: hit.rank }), el("span", { class: "name", dir: "auto", title: hit.id, text: nameOf(hit) }),
+    move, score, about && el("span", { class: "about-hit", text: about }));
   const opener = button([...face, foot], () => actions.open(place), { class: "opener", tabindex: -1 });
   const bar = el("span", { class: "bar", "aria-hidden": "true" });
-  bar.style.setProperty("--part", String(Math.min(1, Math.max(0, hit.score))));
+  bar.style.setProperty("--part", String(scored ? Math.min(1, Math.max(0, hit.scores?.vector ?? hit.score)) : 0));
+  const folded = hit.similar?.length > 0 && button(`+${hit.similar.length} similar`, () => actions.open(place), { class: "folded", tabindex: -1,
+    "aria-label": `${plural(hit.similar.length, "near-duplicate")} of hit ${hit.rank}` });
   const refine = hit.image && button("now make it …", () => actions.refine(hit),
     { class: "refine", tabindex: -1, "aria-label": `Now make it … with hit ${hit.rank}` });
-  const element = el("li", { class: `card ${hit.image ? (hit.text ? "pair" : "image") : "text"}`, "data-id": hit.id,
-    draggable: hit.image ? "true" : null, on: { dragstart: (event) => event.dataTransfer?.setData(DRAGGED, hit.id) } }, opener, bar, refine);
-  return { element, opener, refine, move, hit };
+  const element = el("li", { class: `card ${hit.image ? (hit.text ? "pair" : "image") : "text"}`, "data-id": hit.id }, opener, bar, folded, refine);
+  return { element, opener, refine, folded, move, hit };
 }
 
 // A hit's picture in a frame, or what stands there where it is lost.
 function framed(tag, hit, side = null) {
-  const img = el("img", { alt: hit.text ? "" : `picture ${hit.id}`, decoding: "async", draggable: "false" });
+  const img = el("img", { alt: hit.text ? "" : `picture ${nameOf(hit)}`, decoding: "async", loading: "lazy", draggable: "false" });
   const frame = el(tag, { class: "frame" }, img);
   showPicture(img, hit.image, side, () => frame.replaceChildren(icon("picture"), el("span", { class: "quiet", text: "picture lost" })));
   return frame;
@@ -243,8 +238,8 @@ function markMove({ move, element, opener, hit }, by) {
   if (by === undefined) delete element.dataset.move;
   else element.dataset.move = kind;
   Object.assign(move, { className: `move ${kind}`, textContent: sign, title: words });
-  const name = [`Hit ${hit.rank}`, `score ${fixed(hit.score)}`, by === undefined ? "" : words,
-    `${NOUNS[hit.modality] ?? "item"}: ${hit.text ? hit.text.slice(0, 200) : hit.id}`];
+  const name = [`Hit ${hit.rank}`, Number.isFinite(hit.score) && `score ${fixed(hit.score)}`, by === undefined ? "" : words,
+    `${NOUNS[hit.modality] ?? "item"}: ${hit.text ? hit.text.slice(0, 200) : nameOf(hit)}`, aboutOf(hit)];
   opener.setAttribute("aria-label", name.filter(Boolean).join(", "));
 }
 
@@ -252,7 +247,7 @@ function markMove({ move, element, opener, hit }, by) {
 export class Details {
   dialog = find("details");
 
-  // actions: {refine(hit), use(hit)}
+  // actions: {refine(hit), use(hit), weigh(hit, sign), similar(hit): the hits near it}
   constructor(actions) {
     this.actions = actions;
     this.dialog.addEventListener("keydown", ({ key }) => {
@@ -260,37 +255,54 @@ export class Details {
     });
   }
 
-  // `closed(place)`: called with the place of the hit shown last.
-  open(hits, place, closed) {
-    this.hits = hits;
+  // `weighs`: whether there is a query that a hit could be a term of. `closed(place)`: called with the place of the hit shown last.
+  open(hits, place, { weighs, closed }) {
+    Object.assign(this, { hits, weighs });
     this.dialog.addEventListener("close", () => closed(this.place), { once: true });
     this.show(place);
   }
 
-  show(place) {
-    const hit = this.hits[place];
+  // The hit at a place, or an item that lies near it.
+  show(place, hit = this.hits[place]) {
     if (!hit) return;
     this.place = place;
     const copy = () => navigator.clipboard.writeText(hit.id).then(() => toast("Copied."), () => toast("The browser does not let this page copy."));
-    const act = (what) => () => { this.dialog.close(); what(hit); };
+    const act = (what, ...how) => () => { this.dialog.close(); what(hit, ...how); };
     const round = (name, label, attributes, onclick) => button(icon(name), onclick, { class: "round", "aria-label": label, ...attributes });
     const turner = (way, name, label) => round(name, label, { disabled: !this.hits[place + way] }, () => this.show(place + way));
+    const near = el("div", { class: "near" });
     this.dialog.replaceChildren(
-      el("header", {}, el("h2", { id: "details-title", tabindex: -1, text: `Hit ${hit.rank}` }),
+      el("header", {}, el("h2", { id: "details-title", tabindex: -1, dir: "auto", title: hit.id, text: `${hit.rank ? `Hit ${hit.rank}: ` : ""}${nameOf(hit)}` }),
         el("span", { class: "quiet", text: NOUNS[hit.modality] ?? hit.modality }),
         turner(-1, "back", "Previous hit"), turner(1, "forth", "Next hit"), round("cross", "Close", { "data-close": true })),
       el("div", { class: "leaf" }, hit.image && framed("div", hit),
         el("div", { class: "about" }, hit.text && el("p", { class: "whole-text", dir: "auto", text: hit.text.slice(0, LONGEST) }),
           el("dl", { class: "facts" }, ...factsOf(hit)))),
-      el("footer", {}, button("Copy id", copy, { class: "plain" }), button("Search with this", act(this.actions.use)),
-        hit.image && button("Now make it …", act(this.actions.refine), { class: "strong" })));
+      near,
+      el("footer", {}, button("Copy id", copy, { class: "plain" }),
+        this.weighs && button("Less like this", act(this.actions.weigh, -1)), this.weighs && button("More like this", act(this.actions.weigh, 1)),
+        button("Search with this", act(this.actions.use)), hit.image && button("Now make it …", act(this.actions.refine), { class: "strong" })));
     openDialog(this.dialog);
     this.dialog.querySelector("h2").focus();
+    this.showNear(near, hit);
+  }
+
+  // What was folded under a hit, and what else lies near it; nothing where that cannot be had.
+  async showNear(near, hit) {
+    const row = (title, items) => items.length > 0 && el("section", { "aria-label": title }, el("h3", { text: title }), el("ul", { class: "shelf", role: "list" },
+      ...items.map((item) => el("li", {}, button(item.image ? framed("span", item, 256) : el("span", { class: "caption", text: item.text ?? item.id }),
+        () => this.show(this.place, item), { title: item.id, "aria-label": nameOf(item) })))));
+    const folded = await Promise.all((hit.similar ?? []).slice(0, 24).map((id) => askJson(`/items/${encodeURIComponent(id)}`).catch(() => null)));
+    const known = new Set([hit.id, ...(hit.similar ?? [])]);
+    const others = await this.actions.similar(hit).catch(() => []);
+    const rows = [row("Folded under it", folded.filter(Boolean)), row("Similar", others.filter(({ id }) => !known.has(id)).slice(0, 8))];
+    near.replaceChildren(...rows.filter(Boolean));
   }
 }
 
-function factsOf({ id, score, rank, modality, fields }) {
-  const facts = [...Object.entries({ id, score, rank, modality }), ...Object.entries(fields ?? {})];
-  const shown = (value) => (typeof value === "string" ? value : JSON.stringify(value)).slice(0, LONGEST);
+function factsOf({ id, score, rank, modality, fields, scores }) {
+  const others = Object.entries(scores ?? {}).filter(([, value]) => value !== score);
+  const facts = Object.entries({ id, score, ...Object.fromEntries(others), rank, modality, ...fields }).filter(([, value]) => value !== undefined);
+  const shown = (value) => (typeof value === "string" ? value : Number.isFinite(value) ? String(+value.toFixed(4)) : JSON.stringify(value)).slice(0, LONGEST);
   return facts.map(([name, value]) => el("div", {}, el("dt", { dir: "auto", text: name }), el("dd", { dir: "auto", text: shown(value) })));
 }

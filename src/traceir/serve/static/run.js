@@ -2,23 +2,32 @@
 
 import { askJson, isAbort, streamSearch, thumb } from "./api.js";
 import { announce, el, find, fixed, plural, say, seconds } from "./dom.js";
-import { NOUNS, toRequest } from "./query.js";
+import { NOUNS, browses, toPath, toRequest } from "./query.js";
 
-export const PAGE = 12;
+export const PAGE = 24;
 
-const fresh = () => ({ route: null, probability: null, reasoning: "", trace: null, hits: [], more: false, cut: null, note: null, error: null });
+const fresh = () => ({ route: null, probability: null, reasoning: "", trace: null, hits: [], next: null, cut: null, note: null, error: null });
 
-// status: "idle", "running", "done", "failed" or "stopped". cutoff: what is asked for, cut: what the answer says of it.
-export const newRun = (query, cutoff, route = query.route) => ({ query, asked: route, cutoff, status: "idle", paging: false, ...fresh() });
+// status: "idle", "running", "done", "failed" or "stopped". cutoff and fold: what is asked for; cut: what the answer says of the cut-off.
+export const newRun = (query, { cutoff, fold }, route = query.route) =>
+  ({ query, asked: route, cutoff, fold, browses: browses(query), status: "idle", paging: false, ...fresh() });
 
-const requestOf = (run, offset) => toRequest(run.query, { k: PAGE, offset, route: run.asked, cutoff: run.cutoff });
+const requestOf = (run, more = {}) => toRequest(run.query, { k: PAGE, route: run.asked, cutoff: run.cutoff, fold: run.fold, ...more });
+
+// A page of what only looks through the collection, as the answer of a search.
+async function browse(run, after) {
+  const { items, next } = await askJson(toPath(run.query, { limit: PAGE, after }));
+  return { hits: items.map((item, place) => ({ ...item, rank: run.hits.length + place + 1 })), next };
+}
 
 // Runs it to its end and never throws, but for a refused key (401), which the caller answers. `changed(what)` comes after every event.
 export async function follow(run, signal, changed) {
   Object.assign(run, { status: "running", ...fresh() });
   changed("start");
   try {
-    for await (const { event, data } of streamSearch(requestOf(run, 0), signal)) {
+    const events = run.browses ? [{ event: "hits", data: await browse(run) }] : streamSearch(requestOf(run), signal);
+    for await (const { event, data } of events) {
+      signal.throwIfAborted();
       take(run, event, data);
       changed(event);
     }
@@ -31,8 +40,8 @@ export async function follow(run, signal, changed) {
 }
 
 function take(run, event, data) {
-  const { hits, trace = {}, more, note = null, cutoff: cut = null } = data;
-  if (event === "hits") Object.assign(run, { trace, hits: Array.isArray(hits) ? hits : [], more: Boolean(more), note, cut, status: "done" });
+  const { hits, trace = {}, next = null, note = null, cutoff: cut = null } = data;
+  if (event === "hits") Object.assign(run, { trace, hits: Array.isArray(hits) ? hits : [], next, note, cut, status: "done" });
   const { route, emb_probability: probability, reasoning } = { ...data, reasoning: data.text, ...trace };
   run.route = route ?? run.route;
   run.probability = probability ?? run.probability;
@@ -41,11 +50,11 @@ function take(run, event, data) {
 
 // The next page, behind what is there; returns how many hits came. Throws what the server says.
 export async function nextPage(run) {
-  const answer = await askJson("/search", requestOf(run, run.hits.length));
+  const answer = run.browses ? await browse(run, run.next) : await askJson("/search", requestOf(run, { after: run.next }));
   const known = new Set(run.hits.map((hit) => hit.id));
-  const more = answer.hits.filter((hit) => !known.has(hit.id));
+  const more = answer.hits.filter((hit) => !known.has(hit.id)).map((hit, place) => ({ ...hit, rank: run.hits.length + place + 1 }));
   run.hits = [...run.hits, ...more];
-  run.more = Boolean(answer.more) && more.length > 0;
+  run.next = more.length ? answer.next : null;
   return more.length;
 }
 
