@@ -26,7 +26,7 @@ from traceir.items import Encoding, Item
 from traceir.library import load_encoder
 from traceir.ray_session import Share, on_ray
 from traceir.search import EncoderLike
-from traceir.sources import find_batches
+from traceir.sources import find_batches, find_sources
 
 TESTS = Path(__file__).parent
 PATHS = os.pathsep.join([str(TESTS), str(TESTS.parent / "src")])
@@ -103,7 +103,7 @@ def shelf(tmp_path: Path) -> Path:
 
 
 def test_a_worker_answers_with_what_an_index_keeps(shelf: Path, tmp_path: Path) -> None:
-    (batch,) = find_batches([shelf / "lines.jsonl"], 64)
+    (batch,) = find_batches(find_sources([shelf / "lines.jsonl"]), 64)
     with opened(tmp_path / "index") as index:
         info = index.info()
     encoded, moved, rest = ItemWorker(FakeEncoder, info).process(batch.sources, {})

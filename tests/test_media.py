@@ -28,8 +28,9 @@ from traceir.media import pdf as pdf_module
 from traceir.media import raw, video
 from traceir.media.metadata import film_fields, image_fields
 from traceir.media.part import file_of
+from traceir.roots import settled_stat
 from traceir.serve.uploads import LIMITS, UploadValidator, as_jpeg, image_in_folders, without_paths
-from traceir.sources import FILE_FIELD, Failure, Source, find_sources, readable_suffixes, sources_of_file
+from traceir.sources import FILE_FIELD, STAT_FIELD, Failure, Source, find_sources, readable_suffixes, sources_of_file
 
 TAKEN = {"date": "2024-05-17T18:03:21+02:00", "camera": "Apple iPhone 15 Pro", "latitude": 59.914, "longitude": 10.752}
 SMALL, CLOCKWISE = (64, 48), Image.Transpose.ROTATE_270
@@ -80,7 +81,8 @@ def test_photographs_of_phones_and_cameras_are_upright_and_known_by_their_bytes(
     (source,) = sources(path)
     item, _ = source.make_item()
     camera = {"date": "2023-12-24T17:00:00", "camera": "Fotowerk R1"} if name == "a.dng" else TAKEN
-    assert dict(item.fields) == {FILE_FIELD: str(path), **camera, "width": size[1], "height": size[0]}
+    kept = {FILE_FIELD: str(path), STAT_FIELD: settled_stat(path)}
+    assert dict(item.fields) == {**kept, **camera, "width": size[1], "height": size[0]}
     assert item.content_hash() == Item.of(image=path).content_hash() and path.suffix in readable_suffixes()
     assert distance(Image.open(BytesIO(as_jpeg(image_in_folders(str(path), [tmp_path], "1")))), upright) < 4
     data, format = image.encoded()
@@ -162,7 +164,7 @@ def test_each_page_of_a_document_is_an_item_with_its_text(tmp_path: Path, monkey
     first = stored["paper.pdf#page=1"]
     assert first.modality == "image,text" and str(first.text).split() == "Invoice 117 for a red bicycle".split()
     assert [stored[id].modality for id in list(stored)[1:]] == ["image", "image"]
-    known = {FILE_FIELD: str(path), "title": "Invoice", "date": "2024-02-29T12:00:00+01:00", "pages": 3}
+    known = {FILE_FIELD: str(path), STAT_FIELD: "", "title": "Invoice", "date": "2024-02-29T12:00:00+01:00", "pages": 3}
     assert dict(first.fields) == {**known, "page": 1} and first.image == f"{path}#page=1"
     page = ImageInput.open(f"{path}#page=2")
     width, height = page.size()
@@ -207,7 +209,8 @@ def test_a_film_is_an_item_for_each_scene(tmp_path: Path) -> None:
     for scene, (id, second) in zip(scenes, (("film.mp4#t=0", 0), ("film.mp4#t=12", 12), ("film.mp4#t=18", 18)), strict=True):
         assert distance(ImageInput.open(stored[id].image).load(), scene) < 6
         assert dict(stored[id].fields) == {
-            **{FILE_FIELD: str(path), "date": "2024-05-17T16:03:21+00:00", "latitude": 59.914, "longitude": 10.752},
+            **{FILE_FIELD: str(path), STAT_FIELD: "", "date": "2024-05-17T16:03:21+00:00"},
+            **{"latitude": 59.914, "longitude": 10.752},
             **{"width": 64, "height": 48, "second": second},
         }
     assert distance(ImageInput.open(f"{path}#t=13.3").load(), scenes[1]) < 6

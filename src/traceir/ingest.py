@@ -6,9 +6,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 
@@ -19,8 +19,18 @@ from traceir.errors import ImageError, InputError, ModelError
 from traceir.index.filters import same_fields
 from traceir.index.store import Index, Stored, check_items, image_of
 from traceir.items import Item, Vector
+from traceir.records import Failure, Note
+from traceir.roots import Roots
 from traceir.search import EncoderLike, text_cut
-from traceir.sources import FILE_FIELD, Failure, Note, Source, SourceBatch, check_path, find_batches, find_sources
+from traceir.sources import (
+    FILE_FIELD,
+    STAT_FIELD,
+    Source,
+    SourceBatch,
+    check_path,
+    find_batches,
+    find_sources,
+)
 
 
 @dataclass(slots=True)
@@ -53,12 +63,12 @@ def add(
 
     Each batch is durable before the next one starts. What cannot be read is reported in `failed`; the rest goes on. So is a
     source whose id an earlier one has, and a folder in which nothing is read. InputError, before anything is written, for a path
-    that does not exist.
+    that does not exist. A file below a root of the index (`roots.py`) has the id that `sync` gives it.
     """
     check_paths(paths, batch)
     report = AddReport()
     with progress_bar(paths, progress) as bar:
-        for part in find_batches(paths, batch):
+        for part in find_batches(find_in_roots(paths, index), batch):
             known = index.get([source.id for source in part.sources])
             report.include(keep(index, part, process(part.sources, known, lambda: encoder)))
             bar.update(part.size)
@@ -71,6 +81,25 @@ def check_paths(paths: Sequence[str | os.PathLike[str]], batch: int = 1) -> None
         raise InputError(f"batch is {batch}; give at least 1")
     for path in paths:
         check_path(Path(path))
+
+
+def find_in_roots(paths: Sequence[str | os.PathLike[str]], index: Index) -> Iterator[Source | Failure | Note]:
+    """What `find_sources` finds, under the ids that the roots of the index give.
+
+    The parts of a file carry no stat: where not all of them are added, `sync` has to look at the file again.
+    """
+    roots = Roots.read(index)
+    for path in map(Path, paths):
+        folder = path if path.is_dir() else path.parent
+        for outcome in find_sources([path]):
+            if not isinstance(outcome, Source) or outcome.record is not None:
+                yield outcome
+                continue
+            fields = {**outcome.fields, STAT_FIELD: ""} if outcome.part else outcome.fields
+            file, id = str(outcome.fields[FILE_FIELD]), outcome.id
+            if root := roots.of(file):
+                id = root.id_of(file) + id.removeprefix(outcome.path.relative_to(folder).as_posix())
+            yield replace(outcome, id=id, fields=fields)
 
 
 def progress_bar(paths: Sequence[str | os.PathLike[str]], shown: bool) -> tqdm[object]:
@@ -108,15 +137,27 @@ def nothing_below(paths: Sequence[str | os.PathLike[str]]) -> list[Failure]:
 
 @dataclass(slots=True)
 class Processed:
-    """What became of a batch: items with new vectors, items of known content but other fields or path (`moved`), the rest."""
+    """What became of a batch: items with new vectors, items of known content but other fields or path (`moved`), the rest.
+
+    `touched` counts those of `moved` that differ in their file's stat alone.
+    """
 
     encoded: list[tuple[Item, Vector]] = field(default_factory=list)
     moved: list[Item] = field(default_factory=list)
+    touched: int = 0
     rest: AddReport = field(default_factory=AddReport)
 
 
-def process(sources: Sequence[Source], known: Mapping[str, Stored], make_encoder: Callable[[], EncoderLike]) -> Processed:
-    """Read and hash the sources' files, compare them with what an index keeps under their ids, and encode what is new."""
+def process(
+    sources: Sequence[Source],
+    known: Mapping[str, Stored],
+    make_encoder: Callable[[], EncoderLike],
+    reuse: Callable[[Sequence[str]], Mapping[str, Vector]] | None = None,
+) -> Processed:
+    """Read and hash the sources' files, compare them with what an index keeps under their ids, and encode what is new.
+
+    `reuse` has the vectors of some contents, by their hashes.
+    """
     done = Processed()
     fresh: list[tuple[Source, Item]] = []
     for source in sources:
@@ -135,6 +176,9 @@ def process(sources: Sequence[Source], known: Mapping[str, Stored], make_encoder
             fresh.append((source, item))
         else:
             _compare(item, before, done)
+    vectors = reuse([item.content_hash() for _, item in fresh]) if reuse and fresh else {}
+    done.encoded += [(item, vectors[item.content_hash()]) for _, item in fresh if item.content_hash() in vectors]
+    fresh = [(source, item) for source, item in fresh if item.content_hash() not in vectors]
     if fresh:
         _encode(make_encoder(), fresh, known, done)
     return done
@@ -146,7 +190,8 @@ def keep(index: Index, batch: SourceBatch, done: Processed) -> AddReport:
     moved = [(item, old[str(item.id)].vector) for item in done.moved if str(item.id) in old]
     pairs = [*done.encoded, *((item, vector) for item, vector in moved if vector is not None)]
     new = index.upsert([item for item, _ in pairs], np.stack([vector for _, vector in pairs])) if pairs else ()
-    report = AddReport(len(new), len(pairs) - len(new), batch.again, batch.failed, batch.notes)
+    updated = len(pairs) - len(new) - done.touched
+    report = AddReport(len(new), updated, batch.again + done.touched, batch.failed, batch.notes)
     report.include(done.rest)
     return report
 
@@ -163,10 +208,12 @@ def _make_item(source: Source) -> tuple[Item, tuple[Note, ...]]:
 
 def _compare(item: Item, before: Stored | None, done: Processed) -> None:
     """Of known content: skipped, or moved where fields or the image's path differ."""
-    if before is not None and same_fields(before.fields, item.fields) and before.image == image_of(item):
-        done.rest.skipped += 1
-    else:
-        done.moved.append(item)
+    if before is not None and before.image == image_of(item):
+        if same_fields(before.fields, item.fields):
+            done.rest.skipped += 1
+            return
+        done.touched += same_fields({**before.fields, STAT_FIELD: None}, {**item.fields, STAT_FIELD: None})
+    done.moved.append(item)
 
 
 def _encode(encoder: EncoderLike, fresh: Sequence[tuple[Source, Item]], known: Mapping[str, Stored], done: Processed) -> None:

@@ -16,7 +16,7 @@ from typing import Any, Final
 from traceir.errors import InputError, ModelError, TraceError
 from traceir.index.copy import Copied
 from traceir.index.store import Index, IndexInfo, Opening, Stored, image_of
-from traceir.ingest import AddReport, Processed, check_paths, keep, process, progress_bar
+from traceir.ingest import AddReport, Processed, check_paths, find_in_roots, keep, process, progress_bar
 from traceir.items import Item, Vector
 from traceir.ray_session import ONE_CPU, Share, on_ray
 from traceir.search import EncoderLike
@@ -62,7 +62,7 @@ def add_on_ray(
     check_paths(paths, batch)
     reports: dict[int, AddReport] = {}
     with on_ray(workers, share), progress_bar(paths, progress) as bar:
-        for number, part, done in _answers(find_batches(paths, batch), index, make_encoder, workers, share):
+        for number, part, done in _answers(find_batches(find_in_roots(paths, index), batch), index, make_encoder, workers, share):
             reports[number] = keep(index, part, done)
             bar.update(part.size)
     whole = AddReport()
@@ -136,7 +136,7 @@ class ItemWorker:
         except TraceError as error:
             raise ModelError(f"a worker stopped: {error}") from error
         encoded = [(_stored(item), vector) for item, vector in done.encoded]
-        return encoded, list(map(_stored, done.moved)), Processed(rest=done.rest)
+        return encoded, list(map(_stored, done.moved)), Processed(touched=done.touched, rest=done.rest)
 
     def _encoder(self) -> EncoderLike:
         if self.encoder is None:

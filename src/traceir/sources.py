@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -27,13 +27,16 @@ from traceir.passages import passages
 from traceir.records import LINES_SUFFIXES, TABLE_SUFFIXES, TEXT_NAMES, FileRecord, other_encoding, read_records, text_or_none
 from traceir.records import Failure as Failure
 from traceir.records import Note as Note
+from traceir.roots import file_path, settled_stat
 
 TEXT_SUFFIXES: Final = frozenset({".txt", ".md"})
 RECORD_SUFFIXES: Final = LINES_SUFFIXES | TABLE_SUFFIXES
 MAX_FILE_BYTES: Final = 64 * 1024 * 1024
 """Bytes of a text file."""
 FILE_FIELD: Final = "_file"
-"""The field that holds the path of an item's file, for `add` alone: no line may set it, no server shows or filters by it."""
+"""The field that holds the path of an item's file: no line may set it, no server shows or filters by it."""
+STAT_FIELD: Final = "_stat"
+"""As FILE_FIELD: size and times of the file before it was read (`roots.py`)."""
 _READ: Final = (
     "read are images (.jpg, .png, .heic and their like), raw photographs (.dng, .cr3), films (.mp4, .mov), .pdf, .txt and .md, "
     "and .jsonl and .csv where the file is named"
@@ -90,7 +93,7 @@ class Source:
         return item, (*notes, Note(self.location, f"kept with its text alone: {error}"))
 
     def _item_of(self, text: str | None, image: ImageInput | None) -> Item:
-        fields = {FILE_FIELD: os.path.realpath(self.path), **(image.metadata() if image else {}), **self.fields}
+        fields = {**(image.metadata() if image else {}), **self.fields}
         return Item.of(text=text, image=image, id=self.id, fields=fields)
 
     def _page_text(self) -> str | None:
@@ -130,8 +133,16 @@ def readable_suffixes() -> frozenset[str]:
 def sources_of_file(path: Path, id: str) -> Iterator[Source | Failure | Note]:
     """Everything in one file, in its order: under `id`, or `id#...` for what is a part of it; lines have ids of their own.
 
-    A file of no known suffix may be an image. What cannot be read is a Failure.
+    A file of no known suffix may be an image. What cannot be read is a Failure. All but lines carry the file's path and stat.
     """
+    state = {FILE_FIELD: file_path(path), STAT_FIELD: settled_stat(path)}
+    for outcome in _sources_in(path, id):
+        if isinstance(outcome, Source) and outcome.record is None:
+            outcome = replace(outcome, fields={**outcome.fields, **state})
+        yield outcome
+
+
+def _sources_in(path: Path, id: str) -> Iterator[Source | Failure | Note]:
     suffix = path.suffix.lower()
     try:
         if suffix in RECORD_SUFFIXES:
@@ -157,11 +168,11 @@ def sources_of_file(path: Path, id: str) -> Iterator[Source | Failure | Note]:
         yield Failure(str(path), f"it {str(error).removeprefix(own)}" if str(error).startswith(own) else str(error))
 
 
-def find_batches(paths: Sequence[str | os.PathLike[str]], size: int) -> Iterator[SourceBatch]:
+def find_batches(outcomes: Iterable[Source | Failure | Note], size: int) -> Iterator[SourceBatch]:
     """What `find_sources` finds, `size` sources at a time. Of one id the first source counts, others are Failures."""
     locations: dict[str, str] = {}
     batch = SourceBatch()
-    for outcome in find_sources(paths):
+    for outcome in outcomes:
         if isinstance(outcome, Failure):
             batch.failed.append(outcome)
         elif isinstance(outcome, Note):
@@ -300,8 +311,9 @@ def _item_of_record(source: Source, record: Mapping[str, Any], image: ImageInput
     if text is not None:
         check_text(source.id, text)
     fields = {name: value for name, value in record.items() if name not in ("text", "image", *OWN_NAMES)}
-    if FILE_FIELD in fields:
-        raise InputError(f"{source.id!r} has a field called {FILE_FIELD!r}, which holds the paths of files; rename it")
+    for name in (FILE_FIELD, STAT_FIELD):
+        if name in fields:
+            raise InputError(f"{source.id!r} has a field called {name!r}, which is kept for files; rename it")
     for name, value in fields.items():
         check_field(name, value)
     item = Item.of(text=text, image=image, id=source.id, fields=fields)

@@ -13,6 +13,7 @@ import importlib
 import io
 import json
 import logging
+import math
 import os
 import sys
 import traceback
@@ -118,6 +119,17 @@ def cosine(text: str) -> float:
         raise argparse.ArgumentTypeError(f"{text[:80]!r} is no number; put the words before it, or write --fold=0.97") from error
 
 
+def seconds(text: str) -> float:
+    """A number of seconds above 0."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = 0.0
+    if not 0 < number < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds above 0")
+    return number
+
+
 class _FormerName(argparse.Action):
     """The former name of a repeated option, accepted with a notice."""
 
@@ -127,8 +139,14 @@ class _FormerName(argparse.Action):
 
 
 _WORDS: Final[Mapping[str, Any]] = {
-    "int": int, "float": float, "path": Path, "count": count, "cosine": cosine, "former_name": _FormerName,
-}  # fmt: skip
+    "int": int,
+    "float": float,
+    "path": Path,
+    "count": count,
+    "cosine": cosine,
+    "seconds": seconds,
+    "former_name": _FormerName,
+}
 """What `type` and `action` name in verbs.json; other actions are argparse's own."""
 
 if __name__ == "__main__":

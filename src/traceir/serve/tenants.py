@@ -21,10 +21,10 @@ from traceir.index.pages import Position
 from traceir.index.store import MAX_ID_BYTES, Index, IndexInfo, Stored, Vectors, check_id, check_ids, check_items, check_search
 from traceir.index.words import Term, columns_of, parse_words
 from traceir.items import MODALITIES, Hit, Item, Modality
-from traceir.sources import FILE_FIELD
+from traceir.sources import FILE_FIELD, STAT_FIELD
 
 FIELD: Final = "_tenant"
-OWN_FIELDS: Final = frozenset({FIELD, FILE_FIELD, "_stat"})  # that no caller may set, ask for, or see
+OWN_FIELDS: Final = frozenset({FIELD, FILE_FIELD, STAT_FIELD})  # that no caller may set, ask for, or see
 PREFIX: Final = "_tenant:"  # what ids of tenants begin with; no other id may
 _NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}")
 MATCHES: Final = 2_000
