@@ -444,7 +444,7 @@ def test_images_come_by_drop_paste_and_from_the_collection(service: Service, ope
     image = service.asked("cirr_task7", 1).query.images[0]
     page = open_page(service.url, permissions=["clipboard-read", "clipboard-write"])
     about, complaint = page.locator("#about-picture"), page.locator("#complaint")
-    kinds = "Give a picture as JPEG, PNG, WEBP, GIF, BMP, TIFF."
+    kinds = "Give a picture as JPEG, PNG, WEBP, GIF, BMP, TIFF, HEIF, AVIF."
     for files, shown in (
         (["notes.txt"], f"“notes.txt” cannot be searched with. {kinds}"),
         (["notes.txt", "more.txt"], f"None of these 2 files can be searched with. {kinds}"),

@@ -9,7 +9,6 @@ const RATES = [0, 0.5, 0.2, 0.1, 0.05, 0.02, 0.01, 0.005, 0.002, 0.001]; // of t
 const WEIGHTS = [0.25, 0.5, 1, 2]; // of a term
 const PLAIN = "Describe what you look for, or add a picture";
 const CHANGE = "now make it …";
-const HEIC = /\.(heic|heif|avif)$/i;
 
 export class Composer {
   picture = null;
@@ -150,8 +149,7 @@ export class Composer {
     if (!files.length) return;
     if (!file) {
       const which = files.length > 1 ? `None of these ${files.length} files can` : `“${files[0].name}” cannot`;
-      const remedy = HEIC.test(files[0].name) ? ", or install traceir[files] on the server" : "";
-      this.complain(`${which} be searched with. Give a picture as ${Object.values(types).join(", ")}${remedy}.`);
+      this.complain(`${which} be searched with. Give a picture as ${Object.values(types).join(", ")}.`);
     } else if (file.size > most) {
       this.complain(`“${file.name}” has ${(file.size / 1048576).toFixed(1)} MB, more than the ${most / 1048576} MB that this server takes. Make it smaller.`);
     } else {
