@@ -38,8 +38,8 @@ from traceir.evaluation.results import describe_machine
 from traceir.files import write_whole
 from traceir.images import ImageInput
 from traceir.items import Encoding, Item, Query
-from traceir.prompts import TURN_END, render_asked, render_offered, render_shown, target_of
-from traceir.rerank import TEMPERATURE, UNREADABLE, Reranker, TraceReranker, load_reranker, rerank
+from traceir.prompts import TURN_END, render_asked, render_offered, render_shown
+from traceir.rerank import TEMPERATURE, UNREADABLE, Reranker, TraceReranker, load_reranker, rerank, target_of
 
 COMPLEX = 2
 """Steps from which a query is complex."""
