@@ -38,8 +38,8 @@ from traceir.evaluation.results import describe_machine
 from traceir.files import write_whole
 from traceir.images import ImageInput
 from traceir.items import Encoding, Item, Query
-from traceir.prompts import TURN_END, render_asked, render_offered, render_shown, target_of
-from traceir.rerank import TEMPERATURE, UNREADABLE, Reranker, TraceReranker, load_reranker, rerank
+from traceir.prompts import TURN_END, render_asked, render_offered, render_shown
+from traceir.rerank import TEMPERATURE, UNREADABLE, Reranker, TraceReranker, load_reranker, rerank, target_of
 
 COMPLEX = 2
 """Steps from which a query is complex."""
@@ -257,7 +257,8 @@ def table(results: Mapping[str, Any]) -> str:
     ]
     return "\n".join([
         f"`python -m benchmarks.rerank`; {about}; {results['machine']}, torch {results['torch']}. What the encoder wrote is "
-        f"{part} of the prompt. R@1 in points; intervals are paired bootstraps over queries.\n",
+        f"{part} of what is read. R@1 in points, `by itself` without the first stage, intervals are paired bootstraps over "
+        "queries.\n",
         markdown_table(header, "l" + "r" * (len(header) - 1), [_gain_row(*row, depths) for row in rows]),
         f"\n{results['reranked']} of the complex queries were reranked, of the others nothing was computed. Cost over "
         f"{spent['queries']} of them, drawn by the seed. Encoding one by route auto takes {spent['query_ms']:.1f} ms of CPU "

@@ -14,7 +14,7 @@ from torch.nn import functional
 from traceir.batch import Batch, ImageBudget, Processor, by_shape
 from traceir.errors import ModelError
 from traceir.items import Item, Query
-from traceir.network import Cache, Network, vision_states
+from traceir.network import Cache, Network, side_by_side, vision_states
 from traceir.prompts import EMB, Prompt, Role, render_candidate, render_query
 from traceir.settings import TraceSettings
 
@@ -90,7 +90,7 @@ class TraceModel:
             embedded_BTD = embedded_BTD.masked_scatter(image_BT.unsqueeze(-1), features.to(embedded_BTD.dtype))
         mask = None if batch.mask.shape == batch.ids.shape and bool(batch.mask.all()) else batch.mask
         if batch.segments is not None:
-            mask = _side_by_side(batch.segments)
+            mask = side_by_side(batch.segments)
         return self._states(embedded_BTD, mask, batch.positions, cache, **deeper)
 
     def step(self, token_B: torch.Tensor, position_B: torch.Tensor, mask_BT: torch.Tensor, cache: Cache) -> torch.Tensor:
@@ -137,13 +137,6 @@ class TraceModel:
             return vision_states(visual, torch.stack([images[number] for number in numbers]), high, wide)
 
         return by_shape(shapes, features), []
-
-
-def _side_by_side(segments_BT: torch.Tensor) -> torch.Tensor:
-    """Which token may attend to which, [B, 1, T, T]: to earlier ones of its own segment and of segment 0. Padding to itself."""
-    reader, read, length = segments_BT[:, :, None], segments_BT[:, None, :], segments_BT.shape[1]
-    before = torch.ones(length, length, dtype=torch.bool, device=segments_BT.device).tril()
-    return (before & ((reader == read) | (read == 0)))[:, None]
 
 
 def wrap(network: Any, tokenizer: Any, settings: TraceSettings, image: ImageBudget) -> TraceModel:

@@ -313,6 +313,13 @@ def _causal(mask: torch.Tensor, new: int) -> torch.Tensor:
     return (before & mask.bool()[:, None, None, :]) | itself
 
 
+def side_by_side(segments_BT: torch.Tensor) -> torch.Tensor:
+    """Which token may attend to which, [B, 1, T, T]: to earlier ones of its own segment and of segment 0. Padding to itself."""
+    reader, read, length = segments_BT[:, :, None], segments_BT[:, None, :], segments_BT.shape[1]
+    before = torch.ones(length, length, dtype=torch.bool, device=segments_BT.device).tril()
+    return (before & ((reader == read) | (read == 0)))[:, None]
+
+
 class InferenceTokenizer:
     """A tokenizer.json by the library `tokenizers`, with the part of transformers' interface that TraceIR uses."""
 

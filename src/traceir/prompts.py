@@ -11,7 +11,6 @@ A reranker reads both at once, the query first: `render_asked`, then `render_off
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final, Literal
@@ -155,11 +154,6 @@ def render_offered(item: Item, version: PromptVersion) -> Prompt:
 def render_shown(item: Item, version: PromptVersion) -> Prompt:
     """What is asked of a candidate whose likelihood is wanted: to be put in words."""
     return render_query(Query((*item.parts, "name it" if version == "brief-1" else "describe it in one sentence")), version)
-
-
-def target_of(reasoning: str) -> str:
-    """What a written reasoning ends in: the description of the target, behind all steps (completion_text)."""
-    return re.split(r"[;.!?]\s+", reasoning.strip())[-1].strip()
 
 
 def _prompt(

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import logging
 import math
+import re
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -25,7 +26,7 @@ from traceir.checkpoint import ADAPTER, CONFIG, PREFIX, bundled_model, fetch, pl
 from traceir.errors import ImageError, InputError, ModelError
 from traceir.images import ImageInput
 from traceir.items import Item, Modality, Part, Query
-from traceir.prompts import ANSWERS, TURN_END, render_asked, render_offered, render_shown, target_of
+from traceir.prompts import ANSWERS, TURN_END, render_asked, render_offered, render_shown
 
 if TYPE_CHECKING:
     from traceir.batch import Layout
@@ -272,6 +273,11 @@ def answer_tokens(processor: Any) -> list[int]:
         if yes != no:
             return [yes, no]
     raise ModelError(f"the tokenizer cannot tell {' from '.join(ANSWERS)}, so this checkpoint cannot be asked for them")
+
+
+def target_of(reasoning: str) -> str:
+    """What a written reasoning ends in: the description of the target, behind all steps (completion_text)."""
+    return re.split(r"[;.!?]\s+", reasoning.strip())[-1].strip()
 
 
 class CrossReranker:
