@@ -118,8 +118,12 @@ def bundle_reranker(checkpoint: Path) -> None:
         assert settings is not None
         made = replace(settings, fingerprint=adapter_fingerprint(fresh, base.fingerprint))
         write_settings(made, fresh, base=asdict(base))
-        if (meta := checkpoint.parent / "meta.json").is_file():
-            shutil.copyfile(meta, fresh / "meta.json")
+        (fresh / ADAPTER_WEIGHTS).chmod(0o644)
+        meta = json.loads((checkpoint.parent / "meta.json").read_text())
+        told = {name: meta[name] for name in ("data_fingerprint", "torch", "machine", "seconds_since_last_start")}
+        config = {name: value for name, value in meta["config"].items() if name not in ("data", "out", "cache", "init")}
+        about = {"format": 1, "command": "traceir train --preset mini-rerank", **told, "config": config}
+        (fresh / "meta.json").write_text(json.dumps(about, indent=1) + "\n")
 
 
 def world() -> World:

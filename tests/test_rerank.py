@@ -9,6 +9,7 @@ from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import image_of, random_model
@@ -20,7 +21,7 @@ from transformers import BertConfig, BertForSequenceClassification
 
 from traceir.checkpoint import bundled_model
 from traceir.data import mbeir
-from traceir.data.samples import Example, Schedule, TaskData
+from traceir.data.samples import Example, Schedule, TaskData, read_described
 from traceir.encoder import Encoder
 from traceir.errors import InputError, ModelError
 from traceir.evaluation.mine import mine
@@ -171,6 +172,9 @@ def test_a_model_as_it_is_scores_pictures_by_the_words_in_which_a_reasoning_ends
     assert nearer[1] == pytest.approx(wanted[1] + 10.0, abs=1e-4)  # over the temperature of training, 0.04
     assert reranker.score(ASKED[0], pictures) == [UNREADABLE] * 5  # it wrote nothing
     assert reranker.score(ASKED[0], [*pictures, ITEMS[0]], reasoning=written) == [UNREADABLE] * 6
+    taught = TraceModel(model.network, model.processor, replace(model.settings, rerank="describe-1"))
+    scores = TraceReranker(taught, "taught").score(ASKED[0], [*pictures, ITEMS[0]], reasoning=written)
+    assert scores[:5] == pytest.approx(wanted, abs=1e-4) and scores[5] > UNREADABLE
 
 
 def test_what_a_reasoning_ends_in() -> None:
@@ -295,6 +299,30 @@ def test_mined_negatives_are_wrong_and_nearest_first(folder: Path, encoder: Enco
     assert any(label.reasoning for label in labels.values())
     assert (out / "mbeir_images").is_symlink() and mine(encoder, source, out, k=3, limit=3) == out
     assert len(list(mbeir.read_train(out, "cirr"))) == 3
+
+
+def test_candidates_are_described_by_the_answers_of_their_queries(folder: Path) -> None:
+    tasks = read_described(folder)
+    answers = {
+        label.answer
+        for task in tasks
+        for label in mbeir.read_labels(mbeir.train_labels_path(folder, task.name.rpartition("_")[0])).values()
+    }
+    for task in tasks:
+        example = task.example(0, np.random.default_rng(0))
+        assert example.candidate is None and example.completion in answers and example.query.parts[-1] == "name it"
+    assert {"cirr_task7", "infoseek_task8"} <= {task.name for task in tasks}
+
+
+def test_the_bundled_reranker_belongs_to_the_bundled_model(encoder: Encoder) -> None:
+    reranker = load_reranker("trace", encoder)
+    assert isinstance(reranker, TraceReranker) and reranker.base == encoder.fingerprint and reranker.name == "trace"
+    assert reranker.model.settings.rerank == "describe-1" and isinstance(reranker.model.network, Network)
+    offered = [
+        Item.of(text=f"{town}: the gate of {town} is {stone}.") for town in ("Klomem", "Rarvick") for stone in ("oak", "glass")
+    ]
+    ranked = rerank(reranker, ASKED[0], offered, reasoning="this is rarvick; the gate of rarvick is glass")
+    assert ranked.order[0] == 3
 
 
 @pytest.mark.slow

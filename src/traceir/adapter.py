@@ -209,7 +209,7 @@ def merged(network: Any, folder: Path) -> Any:
 
 def merged_plainly(network: Network, folder: Path) -> Network:
     """As `merged` for network.py's network, without PEFT: for what `attach` makes and `save_adapter` writes, else ModelError."""
-    config, tensors = read_object(folder / ADAPTER), load_file(folder / WEIGHTS)
+    config, tensors = read_object(folder / ADAPTER), {name: value.float() for name, value in load_file(folder / WEIGHTS).items()}
     rank, alpha = int(config["r"]), float(config["lora_alpha"])
     weights = dict(network.named_parameters())
     written, read = network.lm_head, network.model.language_model.embed_tokens
@@ -220,13 +220,13 @@ def merged_plainly(network: Network, folder: Path) -> Network:
             continue
         if part.endswith(".lora_A.weight"):
             part = part.replace(".lora_A.", ".")
-            change = tensors[name.replace(".lora_A.", ".lora_B.")].float() @ value.float() * (alpha / rank)
+            change = tensors[name.replace(".lora_A.", ".lora_B.")] @ value * (alpha / rank)
             new = weights[part] + change if part in weights else None
         elif part.endswith(".token_adapter.trainable_tokens_delta"):
             part = part.replace("token_adapter.trainable_tokens_delta", "weight")
             new = weights[part].clone() if part in weights else None
             if new is not None:
-                new[config["trainable_token_indices"][part.split(".")[-2]]] = value
+                new[config["trainable_token_indices"][part.split(".")[-2]]] = value.to(new.dtype)
         else:
             new = value
         if new is None or new.shape != weights[part].shape:

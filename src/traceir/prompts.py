@@ -32,6 +32,8 @@ PromptVersion = Literal["trace-1", "brief-1"]
 Role = Literal["query", "candidate"]
 RERANK: Final = "rerank-1"
 """The version of the two halves that a reranker reads."""
+DESCRIBE: Final = "describe-1"
+"""The version of what a candidate is asked that is to be put in words."""
 ANSWERS: Final = ("yes", "no")
 """What it is asked for; the first token of each counts."""
 
@@ -152,8 +154,12 @@ def render_offered(item: Item, version: PromptVersion) -> Prompt:
 
 
 def render_shown(item: Item, version: PromptVersion) -> Prompt:
-    """What is asked of a candidate whose likelihood is wanted: to be put in words."""
-    return render_query(Query((*item.parts, "name it" if version == "brief-1" else "describe it in one sentence")), version)
+    """The prompt of a candidate that is to be put in words."""
+    return render_query(asked_to_describe(item), version)
+
+
+def asked_to_describe(item: Item) -> Query:
+    return Query((*item.parts, "name it"))
 
 
 def _prompt(

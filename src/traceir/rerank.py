@@ -3,10 +3,10 @@
     reranker = load_reranker("trace")
     ranked = rerank(reranker, query, [item_of(stored) for stored in kept])
 
-Two kinds. A TRACE model reads one prompt of query and candidate and is asked for yes or no; its score is the difference of the
-two logits, one prefill a candidate, and what the query wrote before its embedding is part of the prompt. It may be the embedding
-model under an adapter, which leaves that model's vectors and fingerprint as they are. Or any CrossEncoder of
-sentence-transformers, which scores as its own files say. Higher is better; scores of two rerankers are not comparable.
+Two kinds. A TRACE model, one prefill a candidate: how likely it is to describe it as the query's reasoning describes the target,
+or whether it answers yes or no to query and candidate together. It may be the embedding model under an adapter, which leaves
+that model's vectors and fingerprint as they are. Or any CrossEncoder of sentence-transformers, which scores as its own files
+say. Higher is better; scores of two rerankers are not comparable.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from traceir.checkpoint import ADAPTER, CONFIG, PREFIX, bundled_model, fetch, pl
 from traceir.errors import ImageError, InputError, ModelError
 from traceir.images import ImageInput
 from traceir.items import Item, Modality, Part, Query
-from traceir.prompts import ANSWERS, TURN_END, render_asked, render_offered, render_shown
+from traceir.prompts import ANSWERS, DESCRIBE, RERANK, TURN_END, render_asked, render_offered, render_shown
 
 if TYPE_CHECKING:
     from traceir.batch import Layout
@@ -128,11 +128,17 @@ def rerank(
 def load_reranker(name: str = OWN, encoder: ModelIdentity | None = None, *, device: str = "cpu") -> Reranker:
     """The reranker of that name.
 
-    `trace`: the model of `encoder` itself, of which nothing is loaded twice; the bundled one where none is given. A TRACE
+    `trace`: the adapter that comes with the bundled model, where that is the one of `encoder` or none is given; else the model of
+    `encoder` itself. A TRACE
     checkpoint, an adapter over one, or a Qwen-VL: a TraceReranker. `st:NAME`, and any other folder or hub id: a CrossEncoder.
     Only safetensors are loaded, and no code that comes with a model. Raises ModelError.
     """
     if name == OWN:
+        folder = bundled_model() / "rerank"
+        if (folder / ADAPTER).is_file():
+            made = TraceReranker.from_pretrained(folder, OWN, device=device)
+            if encoder is None or made.base == encoder.fingerprint:
+                return made
         if encoder is not None:
             from traceir.encoder import Encoder
 
@@ -159,10 +165,11 @@ def _is_trace(folder: Path) -> bool:
 class TraceReranker:
     """A TraceModel that reads candidates beside the query, in one of two ways.
 
-    As it is: how likely is it to put a candidate in the words in which the query's reasoning ends? (Query likelihood, arXiv
-    2204.07496.) This needs a reasoning, and candidates that are images alone; otherwise nothing is scored, nor computed.
-    Trained to rerank (TraceSettings.rerank): is the candidate what the query looks for? Its score is the difference of the logits
-    of yes and no. The prompt begins with the query, which the plain network reads once for all its candidates.
+    How likely is it to put a candidate in the words in which the query's reasoning ends? (Query likelihood, arXiv 2204.07496.) A
+    model as it is does so for images alone; one that was trained to describe (TraceSettings.rerank), for all candidates. Where
+    there is no reasoning, nothing is scored, nor computed.
+    Trained to answer: is the candidate what the query looks for? Its score is the difference of the logits of yes and no. The
+    prompt begins with the query, which the plain network reads once for all its candidates.
 
     In both the first stage's cosine over its temperature is added where it is known. `token_budget` bounds the padded tokens of
     one batch of candidates, those of the query included.
@@ -171,24 +178,27 @@ class TraceReranker:
     def __init__(self, model: TraceModel, name: str, *, base: str = "", token_budget: int = 8192, batch_rows: int = 64) -> None:
         self.model, self.name, self.base = model, name, base
         self.token_budget, self.batch_rows = token_budget, batch_rows
-        self.answers = answer_tokens(model.processor) if model.settings.rerank else None
+        self.answers = answer_tokens(model.processor) if model.settings.rerank == RERANK else None
 
     @classmethod
-    def from_pretrained(cls, source: str | Path, *, device: str = "cpu", **options: Any) -> TraceReranker:
+    def from_pretrained(
+        cls, source: str | Path, name: str | None = None, *, device: str = "cpu", **options: Any
+    ) -> TraceReranker:
         """Of a checkpoint or adapter folder or hub id. Raises ModelError."""
         from traceir.adapter import read_base
         from traceir.model import load
 
         model, folder = load(source, device=device, inference=True), fetch(str(source))
         base = read_base(folder).fingerprint if (folder / ADAPTER).is_file() else model.fingerprint
-        return cls(model, str(source), base=base, **options)
+        return cls(model, name or str(source), base=base, **options)
 
     def score(
         self, query: Query, items: Sequence[Item], *, reasoning: str = "", similarities: Sequence[float] | None = None
     ) -> list[float]:
         """In natural logarithms; raises InputError for a query that cannot be read."""
         written = target_of(reasoning)
-        if self.answers is None and (not written or any(item.modality != "image" for item in items)):
+        every = self.model.settings.rerank == DESCRIBE
+        if self.answers is None and not (written and (every or all(item.modality == "image" for item in items))):
             return [UNREADABLE] * len(items)
         processor, version = self.model.processor, self.model.settings.prompt_version
         layouts: dict[int, Layout] = {}

@@ -13,7 +13,7 @@ from traceir.batch import ImageBudget, PoolingPosition, Processor
 from traceir.checkpoint import MODULES, OWN_MODULE, read_object
 from traceir.errors import InputError, ModelError
 from traceir.profiles import JSON_KEYS, Profile, profile_of
-from traceir.prompts import RERANK, PromptVersion
+from traceir.prompts import DESCRIBE, RERANK, PromptVersion
 from traceir.world import World, world_of
 
 log = logging.getLogger(__name__)
@@ -42,8 +42,8 @@ class TraceSettings:
     """Whether candidates may write too, as no checkpoint of TRACE does; the paper's Table 6 tries it."""
     matryoshka_dims: tuple[int, ...] = ()
     """Widths that its vectors may be cut to, the full one among them, as it was trained by nested losses; () if it was not."""
-    rerank: Literal["", "rerank-1"] = ""
-    """The prompts that it was trained to answer yes or no to, as a reranker; "" for an encoder."""
+    rerank: Literal["", "rerank-1", "describe-1"] = ""
+    """What it was trained for as a reranker: to answer yes or no, or to put candidates in words; "" for an encoder."""
     rerank_temperature: float = 0.0
     """Of the first stage's cosines that its scores are added to; 0 where it learnt to do without."""
     max_reasoning_tokens: int = 256
@@ -56,7 +56,7 @@ class TraceSettings:
     """How a checkpoint of another project is prompted and read; where it is given, `prompt_version` says nothing."""
 
     def __post_init__(self) -> None:
-        versions = (self.prompt_version, get_args(PromptVersion)), (self.rerank, ("", RERANK))
+        versions = (self.prompt_version, get_args(PromptVersion)), (self.rerank, ("", RERANK, DESCRIBE))
         for value, known in (*versions, (self.pooling_position, get_args(PoolingPosition))):
             if value not in known:
                 raise InputError(f"{value!r} in {SETTINGS} is unknown; this release has {', '.join(known)}")

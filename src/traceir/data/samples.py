@@ -22,7 +22,7 @@ from traceir.data.settings import check_choices
 from traceir.errors import DataError, TrainError
 from traceir.images import ImageInput
 from traceir.items import Item, Query
-from traceir.prompts import completion_text
+from traceir.prompts import asked_to_describe, completion_text
 
 CLOSING_TAG: Final = " </answer>"
 UNSCORED: Final = 0.5
@@ -318,6 +318,32 @@ def read_pretraining(root: Path) -> list[PretrainingData]:
 def _length(row: tuple[str | None, str, str]) -> tuple[bool, int]:
     image, prompt, target = row
     return image is not None, len(prompt) + len(target)
+
+
+class Described(PretrainingData):
+    """A candidate in, the answer of a query that it is right for out. Its rows are (candidate, answer)."""
+
+    def example(self, number: int, draw: np.random.Generator) -> Example:
+        candidate, answer = self.rows[number]
+        return Example(asked_to_describe(mbeir.to_item(candidate, self.root)), answer, None, frozenset())
+
+    def texts(self) -> Iterator[str]:
+        return (f"{candidate.text or ''} {answer}" for candidate, answer in self.rows)
+
+    def image_paths(self) -> Iterator[str]:
+        return (candidate.image_path for candidate, _ in self.rows if candidate.image_path)
+
+
+def read_described(root: Path, most: int = 4000) -> list[Described]:
+    """Of each task of `read_pairs` whose labels have answers, at most so many, drawn by a fixed seed."""
+    tasks = []
+    for task in read_pairs(root):
+        rows = [(row.positives[0], row.label.answer) for row in task.rows if row.label and row.label.answer]
+        mixed = np.random.default_rng(0).permutation(len(rows))[:most]
+        tasks += [Described(task.name, [rows[index] for index in mixed], root)] if rows else []
+    if not tasks:
+        raise TrainError(f"{root} has no labels with answers (cot/train); teach=describe learns from those of complex queries")
+    return tasks
 
 
 Sampling = Literal["balanced", "proportional", "temperature"]

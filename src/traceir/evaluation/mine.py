@@ -1,6 +1,6 @@
 """Hard negatives: a folder in M-BEIR's layout whose training queries name the model's own best wrong hits.
 
-What a reranker learns from (`traceir train --preset mini-rerank`): `query/train/` with `neg_cand_list` and `cand_scores` filled,
+What a reranker learns from (`traceir train --preset mini-yes-no`): `query/train/` with `neg_cand_list` and `cand_scores` filled,
 `cot/train/` with what the model itself wrote, right or wrong, as it will at search; all else of the source is linked.
 """
 

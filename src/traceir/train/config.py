@@ -41,9 +41,10 @@ class TrainConfig:
     out: str
     cache: str = ""  # Folder for resized images, shared by runs on the same data; `pixels` in the run's own folder if empty.
     init: str = "random"  # `random`, or the checkpoint to start from.
-    teach: Literal["pairs", "pretraining", "both", "rerank"] = "pairs"
-    """The TRACE objective, language-model loss on lessons/, or both; or `rerank`: yes or no to a query and a candidate together,
-    by a softmax over each query's positive and its `negatives`, the query with what its label says it writes."""
+    teach: Literal["pairs", "pretraining", "both", "rerank", "describe"] = "pairs"
+    """The TRACE objective, language-model loss on lessons/, or both. For rerankers: `describe`, the same loss on the answers of
+    labels behind their candidates; `rerank`, yes or no to a query and a candidate together, by a softmax over each query's
+    positive and its `negatives`, the query with what its label says that it writes."""
     cot: Literal["both", "reasoning", "answer", "tagged", "none"] = "both"
     """What a complex query writes before `<|emb|>` (paper, Table 5): reasoning and answer (`both`), `reasoning`, `answer`;
     `tagged` is both and the closing tag in plain text (Table 4); `none` trains the baseline that never reasons."""

@@ -29,11 +29,11 @@ from traceir import __version__
 from traceir.adapter import attach, projectors, save_adapter
 from traceir.data.cot import is_cot, read_cot, source_folder
 from traceir.data.image_store import pixel_store
-from traceir.data.samples import Schedule, TaskData, read_pairs, read_pretraining, task_shares
+from traceir.data.samples import Schedule, TaskData, read_described, read_pairs, read_pretraining, task_shares
 from traceir.errors import TrainError
 from traceir.files import write_whole
 from traceir.model import TraceModel, TraceSettings, load, save
-from traceir.prompts import RERANK
+from traceir.prompts import DESCRIBE, RERANK
 from traceir.train.batches import TrainBatches, check_shares
 from traceir.train.config import REMEDY, TrainConfig, begun_in, check, claim, nested_widths, settled
 from traceir.train.gradcache import Reader, recomputing
@@ -221,7 +221,9 @@ def _tasks(config: TrainConfig) -> list[TaskData]:
     tasks: list[TaskData] = []
     if config.teach in ("pretraining", "both"):
         tasks += read_pretraining(source_folder(root) if is_cot(root) else root)
-    if config.teach != "pretraining":
+    if config.teach == "describe":
+        tasks += read_described(root)
+    elif config.teach != "pretraining":
         read: Any = read_cot if is_cot(root) else read_pairs
         names = ("cot", "candidates", "reasoned", "negatives", "any_target", "seed")
         tasks += read(root, **{name: getattr(config, name) for name in names})
@@ -238,7 +240,7 @@ def _initial(config: TrainConfig, tasks: list[TaskData]) -> TraceModel:
         "max_reasoning_tokens": config.max_reasoning_tokens,
         "max_text_tokens": config.max_text_tokens,
         "candidates_write": config.candidates != "direct",
-        "rerank": RERANK if config.teach == "rerank" else "",
+        "rerank": {"rerank": RERANK, "describe": DESCRIBE}.get(config.teach, ""),
         "rerank_temperature": config.temperature if config.teach == "rerank" else 0.0,
     }
     if config.init == "random":
