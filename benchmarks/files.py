@@ -135,7 +135,7 @@ def _tiff(headers: Sequence[Tags]) -> bytes:
     return b"II*\0" + struct.pack("<I", 8) + b"".join(parts) + body
 
 
-def film(
+def video(
     scenes: Sequence[Image.Image],
     format: str = "mp4",
     *,
@@ -247,13 +247,13 @@ def _pictures() -> dict[str, bytes]:
     jpeg = saved(shot, "JPEG", exif=exif(6))
     return {
         "phone/IMG_0001.HEIC": heic,
-        "phone/IMG_0001.MOV": film([shot], "mov", seconds=3),
+        "phone/IMG_0001.MOV": video([shot], "mov", seconds=3),
         "phone/IMG_0002.JPG": jpeg,
         "phone/IMG_0003.jpg": heic,
         "phone/IMG_0004.avif": saved(shot, "AVIF", exif=exif(6)),
         "phone/IMG_0005.jpg": saved(shot, "PNG"),
         "phone/IMG_0006.PNG": saved(shot, "PNG"),
-        "phone/motion.jpg": jpeg + film([shot]),
+        "phone/motion.jpg": jpeg + video([shot]),
         "camera/DSC_0001.DNG": dng(preview=picture(2, 800, 600), orientation=6),
         "camera/DSC_0002.dng": dng(),
         "camera/DSC_0003.NEF": dng(preview=picture(2, 800, 600))[:700],
@@ -273,20 +273,20 @@ def _pictures() -> dict[str, bytes]:
         "damaged/cut.png": saved(shot, "PNG")[:-90],
         "damaged/empty.jpg": b"",
         "damaged/empty.heic": b"",
-        "damaged/film.jpg": film([shot]),
+        "damaged/video.jpg": video([shot]),
     }
 
 
 def _films() -> dict[str, bytes]:
     scenes = [picture(seed) for seed in (5, 60, 150)]
-    whole = film(scenes, creation_time="2024-05-17T16:03:21Z", location="+59.9140+010.7520/")
+    whole = video(scenes, creation_time="2024-05-17T16:03:21Z", location="+59.9140+010.7520/")
     return {
         "phone/VID_0001.mp4": whole,
-        "phone/VID_0002.mov": film(scenes[:2], "mov", rotation=90),
-        "web/clip.webm": film(scenes, "webm", codec="libvpx-vp9"),
-        "web/clip.mkv": film(scenes[:2], "matroska"),
+        "phone/VID_0002.mov": video(scenes[:2], "mov", rotation=90),
+        "web/clip.webm": video(scenes, "webm", codec="libvpx-vp9"),
+        "web/clip.mkv": video(scenes[:2], "matroska"),
         "damaged/cut.mp4": whole[: len(whole) // 2],
-        "damaged/words.mp4": b"no film at all",
+        "damaged/words.mp4": b"no video at all",
         "damaged/empty.mov": b"",
     }
 

@@ -261,7 +261,7 @@ def test_what_a_folder_leaves_out_is_counted_by_suffix_and_a_named_file_is_judge
     report = into(root, progress=True)
     assert counts(report) == (1, 0, 0, 0) and [note.what.partition(";")[0] for note in report.notes] == [f"left out: {left_out}"]
     good = [tmp_path / name for name in ("photo.heic", "photo", "photo.jpg", "PHOTO.TIFF")]  # a file that is named is read
-    bad = [tmp_path / name for name in ("real.heic", "table.csv", "film.mp4", "paper.pdf", "sheet.xlsx", "nothing", "cut.jpg")]
+    bad = [tmp_path / name for name in ("real.heic", "table.csv", "clip.mp4", "paper.pdf", "sheet.xlsx", "nothing", "cut.jpg")]
     for path in (*good, *bad):
         path.write_bytes(data if path in good else b"no image")
     report = into(*good, *bad)

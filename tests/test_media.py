@@ -18,15 +18,16 @@ from hypothesis import strategies as st
 from PIL import Image
 from tiffs import encode
 
-from benchmarks.files import dng, encrypted_pdf, exif, film, make, pdf, picture, saved
+from benchmarks.files import dng, encrypted_pdf, exif, make, pdf, picture, saved, video
 from traceir.errors import ImageError
 from traceir.images import ImageInput, ImageLimits
 from traceir.index import open_index
 from traceir.ingest import AddReport, add
 from traceir.items import Item
 from traceir.media import pdf as pdf_module
-from traceir.media import raw, video
-from traceir.media.metadata import film_fields, image_fields
+from traceir.media import raw
+from traceir.media import video as video_module
+from traceir.media.metadata import image_fields, video_fields
 from traceir.media.part import file_of
 from traceir.roots import settled_stat
 from traceir.serve.uploads import LIMITS, UploadValidator, as_jpeg, image_in_folders, without_paths
@@ -119,7 +120,7 @@ def test_uploads_may_be_heic_and_not_raw() -> None:
     with pytest.raises(ImageError, match=r"no TIFF of samples|damaged"):
         check(dng())
     with pytest.raises(ImageError, match="not an image"):
-        check(film([picture(0, *SMALL)], seconds=1))
+        check(video([picture(0, *SMALL)], seconds=1))
 
 
 def test_raw_photographs_without_a_preview_are_developed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -200,13 +201,13 @@ def test_documents_that_cannot_be_read_and_pages_of_odd_sizes(tmp_path: Path) ->
     assert item.modality == "text" and "its text alone" in notes[0].what
 
 
-def test_a_film_is_an_item_for_each_scene(tmp_path: Path) -> None:
+def test_a_video_is_an_item_for_each_scene(tmp_path: Path) -> None:
     scenes = [picture(seed, *SMALL) for seed in (5, 60, 150)]
-    data = film([scenes[0], *scenes], creation_time="2024-05-17T16:03:21Z", location="+59.9140+010.7520/")
-    path = write(tmp_path / "film.mp4", data)
+    data = video([scenes[0], *scenes], creation_time="2024-05-17T16:03:21Z", location="+59.9140+010.7520/")
+    path = write(tmp_path / "clip.mp4", data)
     _, _, stored = added(tmp_path, path)
-    assert list(stored) == ["film.mp4#t=0", "film.mp4#t=12", "film.mp4#t=18"]  # the second scene is the first
-    for scene, (id, second) in zip(scenes, (("film.mp4#t=0", 0), ("film.mp4#t=12", 12), ("film.mp4#t=18", 18)), strict=True):
+    assert list(stored) == ["clip.mp4#t=0", "clip.mp4#t=12", "clip.mp4#t=18"]  # the second scene is the first
+    for scene, (id, second) in zip(scenes, (("clip.mp4#t=0", 0), ("clip.mp4#t=12", 12), ("clip.mp4#t=18", 18)), strict=True):
         assert distance(ImageInput.open(stored[id].image).load(), scene) < 6
         assert dict(stored[id].fields) == {
             **{FILE_FIELD: str(path), STAT_FIELD: "", "date": "2024-05-17T16:03:21+00:00"},
@@ -220,28 +221,28 @@ def test_a_film_is_an_item_for_each_scene(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "options"), [("a.mov", {"rotation": 90}), ("a.webm", {"codec": "libvpx", "rate": 2}), ("a.mkv", {})]
 )
-def test_films_of_other_kinds_are_upright(name: str, options: dict[str, Any], tmp_path: Path) -> None:
+def test_videos_of_other_kinds_are_upright(name: str, options: dict[str, Any], tmp_path: Path) -> None:
     format = {"mkv": "matroska"}.get(name[2:], name[2:])
     scenes = [picture(seed, *SMALL) for seed in (5, 150)]
     upright = [scene.transpose(CLOCKWISE) if "rotation" in options else scene for scene in scenes]
-    items = [source.make_item()[0] for source in sources(write(tmp_path / name, film(scenes, format, **options)))]
+    items = [source.make_item()[0] for source in sources(write(tmp_path / name, video(scenes, format, **options)))]
     assert [item.id for item in items] == [f"{name}#t=0", f"{name}#t=6"]
     for item, scene in zip(items, upright, strict=True):
         assert (item.fields["width"], item.fields["height"]) == scene.size and distance(item.images[0].load(), scene) < 8
 
 
-def test_a_long_film_has_frames_further_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = write(tmp_path / "long.mp4", film([picture(seed * 30, *SMALL) for seed in range(8)], seconds=6, rate=2))
-    monkeypatch.setattr(video, "MOST_FRAMES", 4)
-    seconds = video.read_film(path).seconds
+def test_a_long_video_has_frames_further_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write(tmp_path / "long.mp4", video([picture(seed * 30, *SMALL) for seed in range(8)], seconds=6, rate=2))
+    monkeypatch.setattr(video_module, "MOST_FRAMES", 4)
+    seconds = video_module.read_video(path).seconds
     assert len(seconds) <= 4 and seconds[0] == 0 and min(np.diff(seconds)) >= 12
     assert seconds[-1] >= 30
 
 
-def test_what_is_no_film_is_refused(tmp_path: Path) -> None:
+def test_what_is_no_video_is_refused(tmp_path: Path) -> None:
     import av
 
-    secret = write(tmp_path / "secret.mts", film([picture(0, *SMALL)], "mpegts", seconds=1))
+    secret = write(tmp_path / "secret.mts", video([picture(0, *SMALL)], "mpegts", seconds=1))
     playlist = f"#EXTM3U\n#EXT-X-TARGETDURATION:9\n#EXTINF:9,\n{secret}\n#EXT-X-ENDLIST\n"
     sound = BytesIO()
     with av.open(sound, "w", format="mp4") as container:
@@ -249,7 +250,7 @@ def test_what_is_no_film_is_refused(tmp_path: Path) -> None:
         frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), "fltp", "mono")
         frame.sample_rate = 8000
         container.mux([*stream.encode(frame), *stream.encode(None)])
-    for data, why in ((b"words", "no film"), (b"", "empty"), (playlist.encode(), "no film"), (sound.getvalue(), "no pictures")):
+    for data, why in ((b"words", "no video"), (b"", "empty"), (playlist.encode(), "no video"), (sound.getvalue(), "no pictures")):
         assert why in reason(write(tmp_path / "bad.mp4", data))
     os.mkfifo(tmp_path / "pipe.mov")
     assert reason(tmp_path / "pipe.mov").startswith("it is not a regular file")
@@ -324,7 +325,7 @@ def test_dates_cameras_and_places_are_read_with_sense() -> None:
     assert image_fields(Image.open(BytesIO(encode(Image.new("RGB", (4, 2)), "PNG")))) == {"width": 4, "height": 2}
 
 
-def test_films_say_when_and_where_as_phones_write_it() -> None:
+def test_videos_say_when_and_where_as_phones_write_it() -> None:
     apple = {
         "creationdate": "2024-05-17T18:03:21+0200",
         "location.ISO6709": "-33.8570+151.2000+010/",
@@ -333,10 +334,14 @@ def test_films_say_when_and_where_as_phones_write_it() -> None:
     }
     stated = {f"com.apple.quicktime.{name}": value for name, value in apple.items()}
     where = {"latitude": -33.857, "longitude": 151.2}
-    assert film_fields({**stated, "creation_time": "2020"}) == {"date": "2024-05-17T18:03:21+02:00", "camera": "Apple X", **where}
-    assert film_fields({"creation_time": "2024-05-17T16:03:21.000000Z"}) == {"date": "2024-05-17T16:03:21+00:00"}
+    assert video_fields({**stated, "creation_time": "2020"}) == {
+        "date": "2024-05-17T18:03:21+02:00",
+        "camera": "Apple X",
+        **where,
+    }
+    assert video_fields({"creation_time": "2024-05-17T16:03:21.000000Z"}) == {"date": "2024-05-17T16:03:21+00:00"}
     for junk in ({"creation_time": "1904-01-01T00:00:00Z"}, {"creation_time": "2024-99-01T00:00:00Z"}, {"location": "+0+0/"}):
-        assert film_fields(junk) == {}
+        assert video_fields(junk) == {}
 
 
 SHOT = saved(picture(1, *SMALL), "JPEG", exif=exif(6), xmp=b'photoshop:City="Oslo"')

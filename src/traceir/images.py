@@ -31,7 +31,7 @@ from traceir.media.part import PDF_SUFFIXES, FilePart, part_of
 from traceir.media.raw import MAX_FILE_BYTES as MAX_RAW_BYTES
 from traceir.media.raw import SUFFIXES as RAW_SUFFIXES
 from traceir.media.raw import preview
-from traceir.media.video import SUFFIXES as FILM_SUFFIXES
+from traceir.media.video import SUFFIXES as VIDEO_SUFFIXES
 
 SUFFIXES: Final = PLAIN_SUFFIXES | RAW_SUFFIXES
 MAX_PIXELS: Final = 64_000_000
@@ -108,7 +108,7 @@ _MEMORY: Final = _Memory(MAX_DECODING_BYTES)
 class ImageInput:
     """One image: a file that is read when needed, encoded bytes, or pixels. Its `path` is None unless it is a file.
 
-    A page of a document and a frame of a film are images, too: `paper.pdf#page=3`, `film.mp4#t=12.5` (seconds).
+    A page of a document and a frame of a video are images, too: `paper.pdf#page=3`, `clip.mp4#t=12.5` (seconds).
     Equal content makes equal images. Thread-safe: every `load` decodes afresh and returns pixels of its own.
     A file that changes between two reads is an error, so that a hash and the pixels it stands for never disagree.
     """
@@ -344,7 +344,7 @@ def _opened(data: bytes, label: str, limits: ImageLimits) -> Iterator[tuple[Imag
         if data.startswith((b"II*\0", b"MM\0*")):
             raise ImageError(f"{label} is no TIFF of samples TraceIR reads; save it with 8 or 16 bits a sample") from error
         known = ", ".join(FORMATS)
-        if label.lower().endswith((*PDF_SUFFIXES, *FILM_SUFFIXES)):
+        if label.lower().endswith((*PDF_SUFFIXES, *VIDEO_SUFFIXES)):
             raise ImageError(
                 f"{label} is no image itself; name a page or second of it: FILE.pdf#page=1, FILE.mp4#t=12.5"
             ) from error

@@ -1,4 +1,4 @@
-"""What is found below paths: folders, images, films, documents, texts, lines, tables, and the candidate pools of M-BEIR.
+"""What is found below paths: folders, images, videos, documents, texts, lines, tables, and the candidate pools of M-BEIR.
 
 Ids are stable from run to run: a file's is its path below the folder given (its name, where the file itself was given), that of
 a part of it `id#page=3`, `id#t=12.5` or `id#part=2`, a line's is its `id` or `did`.
@@ -21,8 +21,8 @@ from traceir.index.store import check_id, check_text
 from traceir.items import Item, Value
 from traceir.media.part import PDF_SUFFIXES, FilePart, part_of
 from traceir.media.pdf import page_text, read_document
-from traceir.media.video import SUFFIXES as FILM_SUFFIXES
-from traceir.media.video import read_film
+from traceir.media.video import SUFFIXES as VIDEO_SUFFIXES
+from traceir.media.video import read_video
 from traceir.passages import passages
 from traceir.records import LINES_SUFFIXES, TABLE_SUFFIXES, TEXT_NAMES, FileRecord, other_encoding, read_records, text_or_none
 from traceir.records import Failure as Failure
@@ -38,7 +38,7 @@ FILE_FIELD: Final = "_file"
 STAT_FIELD: Final = "_stat"
 """As FILE_FIELD: size and times of the file before it was read (`roots.py`)."""
 _READ: Final = (
-    "read are images (.jpg, .png, .heic and their like), raw photographs (.dng, .cr3), films (.mp4, .mov), .pdf, .txt and .md, "
+    "read are images (.jpg, .png, .heic and their like), raw photographs (.dng, .cr3), videos (.mp4, .mov), .pdf, .txt and .md, "
     "and .jsonl and .csv where the file is named"
 )
 _REMEDIES: Final = (
@@ -127,7 +127,7 @@ def find_sources(paths: Sequence[str | os.PathLike[str]]) -> Iterator[Source | F
 
 def readable_suffixes() -> frozenset[str]:
     """Suffixes, in lower case, of the files that are read in a folder."""
-    return IMAGE_SUFFIXES | FILM_SUFFIXES | PDF_SUFFIXES | TEXT_SUFFIXES
+    return IMAGE_SUFFIXES | VIDEO_SUFFIXES | PDF_SUFFIXES | TEXT_SUFFIXES
 
 
 def sources_of_file(path: Path, id: str) -> Iterator[Source | Failure | Note]:
@@ -155,7 +155,7 @@ def _sources_in(path: Path, id: str) -> Iterator[Source | Failure | Note]:
     try:
         if suffix in PDF_SUFFIXES:
             yield from _pages(path, id)
-        elif suffix in FILM_SUFFIXES:
+        elif suffix in VIDEO_SUFFIXES:
             yield from _frames(path, id)
         elif suffix in TEXT_SUFFIXES:
             yield from _passages(path, id)
@@ -253,10 +253,10 @@ def _pages(path: Path, id: str) -> Iterator[Source]:
 
 
 def _frames(path: Path, id: str) -> Iterator[Source]:
-    film = read_film(path)
-    for second in film.seconds:
+    video = read_video(path)
+    for second in video.seconds:
         part = FilePart(path, second=second)
-        fields = {**film.fields, "second": round(second, 3)}
+        fields = {**video.fields, "second": round(second, 3)}
         yield Source(check_id(f"{id}#{part.name}"), str(part.path), "image", path, part=part.name, fields=fields)
 
 

@@ -74,8 +74,8 @@ def raw_fields(data: bytes) -> Fields:
     return exif_fields(exif)
 
 
-def film_fields(stated: Mapping[str, str]) -> Fields:
-    """The same of the tags of a film, as phones write them."""
+def video_fields(stated: Mapping[str, str]) -> Fields:
+    """The same of the tags of a video, as phones write them."""
     fields: Fields = {}
     apple = "com.apple.quicktime."
     written = stated.get(f"{apple}creationdate") or stated.get("creation_time") or ""

@@ -1,4 +1,4 @@
-"""Images within files of other kinds, by name: `paper.pdf#page=3`, `film.mp4#t=12.5`."""
+"""Images within files of other kinds, by name: `paper.pdf#page=3`, `clip.mp4#t=12.5`."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class FilePart:
         return pdf.page_size(self.file, self.page) if self.page else video.frame_size(self.file)
 
     def draw(self, shrink_to: int | None, pixels: int) -> Image.Image:
-        """RGB pixels, not more than `pixels` of a film; of a page smaller ones where `shrink_to` allows. Raises ImageError."""
+        """RGB pixels, not more than `pixels` of a video; of a page smaller ones where `shrink_to` allows. Raises ImageError."""
         return pdf.draw_page(self.file, self.page, shrink_to) if self.page else video.draw_frame(self.file, self.second, pixels)
 
 

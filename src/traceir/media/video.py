@@ -1,4 +1,4 @@
-"""Keyframes of films, by PyAV: few of each scene, found by reading the file once, and decoded one at a time."""
+"""Keyframes of videos, by PyAV: few of each scene, found by reading the file once, and decoded one at a time."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from PIL import Image
 
 from traceir.errors import ImageError
 from traceir.media.file import Version, package, readable, version_of
-from traceir.media.metadata import film_fields
+from traceir.media.metadata import video_fields
 
 SUFFIXES: Final = frozenset(".3g2 .3gp .avi .flv .m2ts .m4v .mkv .mov .mp4 .mpeg .mpg .mts .ogv .webm .wmv".split())
 LEAST_STEP: Final = 5.0
 """Seconds between two keyframes that are taken, at least."""
 MOST_FRAMES: Final = 200
-"""Keyframes of one film, at most: a longer one has them further apart."""
+"""Keyframes of one video, at most: a longer one has them further apart."""
 SAME: Final = 4.0
 """Mean difference of grey levels (of 255) between two keyframes, shrunk to 16 x 16, below which the second one is left out."""
 _FORMATS: Final = "mov,mp4,matroska,webm,avi,asf,flv,mpegts,mpeg,ogg,mpegvideo,m4v,h264,hevc"
@@ -33,20 +33,20 @@ _SLACK: Final = 0.0006
 
 
 @dataclass(frozen=True, slots=True)
-class Film:
-    """Seconds of the keyframes that stand for the film, and what it says of itself."""
+class VideoFrames:
+    """Seconds of the keyframes that stand for the video, and what it says of itself."""
 
     seconds: tuple[float, ...]
     fields: Mapping[str, str | int | float] = field(default_factory=dict)
 
 
-def read_film(path: Path) -> Film:
-    """Raises ImageError for a file that is damaged or has no pictures. The last films are remembered while unchanged."""
-    return _read_film(path, version_of(path))
+def read_video(path: Path) -> VideoFrames:
+    """Raises ImageError for a file that is damaged or has no pictures. The last videos are remembered while unchanged."""
+    return _read_video(path, version_of(path))
 
 
 @lru_cache(maxsize=1024)
-def _read_film(path: Path, version: Version) -> Film:
+def _read_video(path: Path, version: Version) -> VideoFrames:
     with _opened(path) as (container, stream):
         stream.codec_context.skip_frame = "NONKEY"
         step = max(LEAST_STEP, float(container.duration or 0) / 1e6 / MOST_FRAMES)
@@ -58,7 +58,7 @@ def _read_film(path: Path, version: Version) -> Film:
                 continue
             if not fields:
                 width, height = _upright_size(frame)
-                fields = {**film_fields({**stream.metadata, **container.metadata}), "width": width, "height": height}
+                fields = {**video_fields({**stream.metadata, **container.metadata}), "width": width, "height": height}
             small = np.asarray(frame.reformat(16, 16, "gray").to_ndarray(), dtype=np.int16)
             if shown is not None and np.abs(small - shown).mean() < SAME:
                 continue
@@ -68,7 +68,7 @@ def _read_film(path: Path, version: Version) -> Film:
                 seconds = _thinned(seconds, step)
     if not seconds:
         raise ImageError(f"{path} holds no picture that can be decoded; save it anew, or remove it")
-    return Film(tuple(seconds), fields)
+    return VideoFrames(tuple(seconds), fields)
 
 
 def draw_frame(path: Path, second: float, pixels: int) -> Image.Image:
@@ -122,7 +122,7 @@ def _start_of(stream: Any) -> float:
 def _frames(container: Any, stream: Any) -> Iterator[tuple[Any, float]]:
     """Frames that can be decoded, and when they are shown, in seconds from the start; damaged packets are passed over, and a
     file that breaks off ends there."""
-    av = package("av", "a film")
+    av = package("av", "a video")
     only_keys = stream.codec_context.skip_frame == "NONKEY"
     packets, start = container.demux(stream), _start_of(stream)
     while True:
@@ -148,7 +148,7 @@ def _opened(path: Path, pixels: int = MAX_PIXELS) -> Iterator[tuple[Any, Any]]:
             with av.open(file, options={"format_whitelist": _FORMATS}, metadata_errors="replace") as container:
                 stream = next((stream for stream in container.streams.video if stream.codec_context is not None), None)
                 if stream is None:
-                    raise ImageError(f"{path} holds no pictures that can be decoded; only these are read of films")
+                    raise ImageError(f"{path} holds no pictures that can be decoded; only these are read of videos")
                 if stream.width * stream.height > pixels:
                     raise ImageError(
                         f"{path} has {stream.width} x {stream.height} pixels, more than the limit of {pixels}; shrink it"
@@ -158,5 +158,5 @@ def _opened(path: Path, pixels: int = MAX_PIXELS) -> Iterator[tuple[Any, Any]]:
             raise
         except (av.FFmpegError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, ArithmeticError) as error:
             raise ImageError(
-                f"{path} is no film that can be read: {getattr(error, 'strerror', None) or error}; save it anew"
+                f"{path} is no video that can be read: {getattr(error, 'strerror', None) or error}; save it anew"
             ) from error
