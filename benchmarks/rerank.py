@@ -38,7 +38,7 @@ from traceir.evaluation.results import describe_machine
 from traceir.files import write_whole
 from traceir.images import ImageInput
 from traceir.items import Encoding, Item, Query
-from traceir.prompts import TURN_END, render_asked, render_offered, render_shown
+from traceir.prompts import TURN_END, asked_to_describe, render_asked, render_offered, render_query
 from traceir.rerank import TEMPERATURE, UNREADABLE, Reranker, TraceReranker, load_reranker, rerank, target_of
 
 COMPLEX = 2
@@ -225,7 +225,9 @@ def tokens_read(reranker: TraceReranker, asked: Asked, depth: int) -> int:
     lay_out, version = reranker.model.processor.lay_out, reranker.model.settings.prompt_version
     if reranker.answers is None:
         written = target_of(asked.encoding.reasoning)
-        return sum(len(lay_out(render_shown(item, version), written, end=TURN_END)) for item in asked.found[:depth])
+        return sum(
+            len(lay_out(render_query(asked_to_describe(item), version), written, end=TURN_END)) for item in asked.found[:depth]
+        )
     offered = sum(len(lay_out(render_offered(item, version))) for item in asked.found[:depth])
     return offered + len(lay_out(render_asked(asked.query, version, asked.encoding.reasoning)))
 

