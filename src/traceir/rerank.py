@@ -26,6 +26,7 @@ from traceir.checkpoint import ADAPTER, CONFIG, PREFIX, bundled_model, fetch, pl
 from traceir.errors import ImageError, InputError, ModelError
 from traceir.images import ImageInput
 from traceir.items import Item, Modality, Part, Query
+from traceir.media.part import file_of
 from traceir.prompts import ANSWERS, DESCRIBE, RERANK, TURN_END, asked_to_describe, render_asked, render_offered, render_query
 
 if TYPE_CHECKING:
@@ -77,7 +78,7 @@ def item_of(stored: Kept) -> Item | None:
     """The item of an index again, by its text and image file; None where it has an image whose file is not there any more."""
     parts: list[Part] = []
     if "image" in stored.modality:
-        if not stored.image or not Path(stored.image).is_file():
+        if not stored.image or not Path(file_of(stored.image)).is_file():
             return None
         parts.append(ImageInput.open(stored.image))
     if stored.text and stored.text.strip():

@@ -83,7 +83,7 @@ class SearchOptions:
     fold: bool | float = False
     after: str | None = None
     rerank: Reranker | None = None
-    rerank_top: int = 20
+    rerank_top: int = 10
     rerank_s: float | None = None
     offset: int = 0
     filter: Filter | None = field(init=False, default=None)
