@@ -153,6 +153,21 @@ def test_items_and_images_are_read_back(client: Client, server: Watched, monkeyp
     assert len(server.sizes) == 1, "what spent its time is not sent again"
 
 
+def test_a_server_of_before_is_asked_for_what_it_knows(client: Client, server: Watched) -> None:
+    asked: dict[str, Any] = {}
+    trace = {"route": "direct", "reasoning": "", "tokens": 0, "emb_probability": 1.0, "truncated": False, "seconds": {}}
+
+    async def older(scope: Any, receive: Any, send: Any) -> None:
+        asked.update(await Request(scope, receive).json())
+        await JSONResponse({"hits": [], "more": False, "trace": trace})(scope, receive, send)
+
+    server.answers = [older, JSONResponse({"items": [], "offset": 0, "more": True})]
+    assert client.search(Query.of(text="a cup")).route == "direct"
+    assert set(asked) == {"k", "offset", "route", "exact", "parts"}
+    with pytest.raises(ModelError, match="how its items go on; is it `traceir serve` of the same release"):
+        list(client.items())
+
+
 def test_closing_ends_those_who_wait(whole: tuple[str, Watched], server: Watched) -> None:
     hanging, let_go = threading.Event(), threading.Event()
 

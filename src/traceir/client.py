@@ -35,6 +35,9 @@ MAX_INPUT_BYTES: Final = 31 * 1024 * 1024
 """Bytes of one input in JSON: the server's limit of a body (`serve/bodies.py`, 32 MiB) less the rest of the request."""
 _PAGE: Final = 500
 _NAMED: Final = re.compile(r"\b(?:input|messages)\[(\d+)\]")
+_UNASKED: Final[Mapping[str, Any]] = {
+    "mode": "vector", "keyword_weight": 0.5, "sort": None, "fold": False, "after": None, "rerank": False
+}  # fmt: skip
 _REFUSED: Final = (400, 404, 409, 413, 415, 422)
 """Statuses of a request that is wrong itself and would fail again."""
 Read = TypeVar("Read")
@@ -128,8 +131,9 @@ class Client(Connected):
         terms as in `Searcher.search`, of parts alone. `where`: a text in the language of filters, or field -> a value, a list of
         values, or {"gte", "lte"}. `cutoff`: 0 is none, None what the server does by itself. `rerank`: by the server's own
         reranker."""
-        body: dict[str, Any] = {"k": k, "offset": offset, "route": route, "exact": exact, "cutoff": cutoff, "mode": mode}
-        body |= {"keyword_weight": keyword_weight, "sort": sort, "fold": fold, "after": after, "rerank": rerank}
+        body: dict[str, Any] = {"k": k, "offset": offset, "route": route, "exact": exact, "cutoff": cutoff}
+        newer = {"mode": mode, "keyword_weight": keyword_weight, "sort": sort, "fold": fold, "after": after, "rerank": rerank}
+        body |= {name: value for name, value in newer.items() if value != _UNASKED[name]}  # an older server knows none of them
         body |= {"where": (where if isinstance(where, str) else dict(where)) if where else None}
         if query.parts:
             body["parts"] = _parts(query)
@@ -182,7 +186,9 @@ class Client(Connected):
             page = self._call("GET", f"{asked}&after={quote(after, safe='')}")
             yield from (_read(Kept, entry) for entry in _list_of(page, "items"))
             if not (after := str(page.get("next") or "")):
-                return
+                break
+        if page.get("more"):
+            raise ModelError(f"{self.base_url} does not say how its items go on; is it `traceir serve` of the same release?")
 
     def image(self, hit: Hit | Kept, *, side: int = 2048) -> ImageInput:
         """The image of a hit or an item of this server, as JPEG, its longer side at most `side` (16 to 2048) pixels.
