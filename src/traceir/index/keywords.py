@@ -19,8 +19,8 @@ from traceir.index.sql import COLUMNS, compile_filter, read_counter, read_number
 from traceir.index.words import KeywordQuery, Term, columns_of
 from traceir.items import Modality
 
-CHUNK: Final = 5_000
-"""Rows brought in by one transaction."""
+CHUNK: Final = 1_000
+"""Rows brought in by one transaction, for which all else waits."""
 _STALE: Final = 0.25
 _SMALL: Final = 1_000
 """Rows below which it is not worth while to make the table anew."""

@@ -18,7 +18,7 @@ from traceir.errors import InputError
 from traceir.index.facets import Facet
 from traceir.index.filter_text import as_filter
 from traceir.index.filters import And, Eq, Filter, Glob, In, Leaf, Range, Where, map_leaves
-from traceir.index.pages import Position
+from traceir.index.pages import Position, check_page
 from traceir.index.store import MAX_ID_BYTES, Index, IndexInfo, Stored, Vectors, check_id, check_ids, check_items, check_search
 from traceir.index.words import Term, columns_of, parse_words
 from traceir.items import MODALITIES, Hit, Item, Modality
@@ -110,8 +110,9 @@ class TenantIndex:
         return [replace(hit, rank=rank) for rank, hit in enumerate(hits, start=1)]
 
     def browse(self, where: Where = None, *, sort: str = "id", after: Position | None = None, limit: int) -> list[Stored]:
-        check_name(sort.removeprefix("-"))
-        last = None if after is None else (after[0], self._prefix + after[1])
+        page = check_page(sort, after, limit)
+        check_name(page.name)
+        last = None if page.after is None else (page.after[0], self._prefix + page.after[1])
         return list(self._shown(self._index.browse(self._narrow(where), sort=sort, after=last, limit=limit)))
 
     def get(self, ids: Sequence[str], *, with_vectors: bool = False) -> dict[str, Stored]:
