@@ -19,6 +19,7 @@ import json
 import logging
 import os
 import platform
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -50,13 +51,14 @@ SHOWN: Final = (
 
 @dataclass(frozen=True)
 class Measure:
-    """`run` of the module `of`, over both revisions, or ours and the library over `code`. `asks`: those that count, none: all."""
+    """`run` of the module `of`, over both revisions, or ours and the library over `code`. `asks`: those that count, none: all.
+    `rounds`: at most."""
 
     of: str
     run: str
     code: Literal["both", "before", "after"] = "both"
     asks: tuple[str, ...] = ()
-    rounds: int = 0
+    rounds: int = 99
     peak: bool = False
     settings: tuple[tuple[str, Any], ...] = ()
 
@@ -124,7 +126,9 @@ class Row:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    options = parser().parse_args(arguments)
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    options = parser().parse_args(given)
+    options.given = given
     swaps = chosen(read_swaps(), options.only)
     logging.raiseExceptions = False  # checks break handlers on purpose
     about = describe(options)
@@ -157,11 +161,12 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--only", type=lambda text: text.split(","), default=[], metavar="NAME,...", help="rows of swaps.toml")
     made.add_argument("--rounds", type=int, default=5)
     made.add_argument("--data", type=Path, default=Path("data/minibeir"), help="made by `traceir minibeir build`")
-    made.add_argument("--rows", type=int, default=200_000, help="of the indexes")
+    made.add_argument("--rows", type=int, default=100_000, help="of the indexes")
     made.add_argument("--width", type=int, default=256)
     made.add_argument("--add", type=int, default=20_000, help="vectors of the bulk add")
     made.add_argument("--milvus-rows", type=int, default=10_000)
-    made.add_argument("--answers", type=int, default=5000, help="of a teacher")
+    made.add_argument("--samples", default="30000", metavar="N,...", help="of the quality report, such as 30000,120000 (minutes)")
+    made.add_argument("--answers", type=int, default=2000, help="of a teacher")
     made.add_argument("--steps", type=int, default=12, help="of training")
     made.add_argument("--at-least", type=float, default=0.0, help="status 1 where a ratio of a swap that was kept is below")
     made.add_argument("--out", type=Path, metavar="JSON")
@@ -243,7 +248,7 @@ def compare(measure: Measure, sides: Sides, options: argparse.Namespace) -> dict
                 spent, *came_out[side.name] = reply_of(by_side[side.name], side, measure.run, ask)
                 return float(spent)
 
-            pairs = alternating(measure.rounds or options.rounds, pair, seconds, f"{measure.run}: {ask}")
+            pairs = alternating(min(measure.rounds, options.rounds), pair, seconds, f"{measure.run}: {ask}")
             (digest, peak), (other, other_peak) = (came_out[side.name] for side in pair)
             equal = None if digest is None or other is None else digest == other
             ratios[ask] = Ratio(**summary(pairs), equal=equal, peaks=(peak, other_peak) if measure.peak else None)
@@ -297,14 +302,13 @@ def reply_of(child: subprocess.Popen[str], side: Side, run: str, ask: str = "") 
 
 def page(rows: Sequence[Row], about: str, options: argparse.Namespace) -> str:
     """The Markdown file."""
-    only = f" --only {','.join(options.only)}" if options.only else ""
-    changed = {key: getattr(options, key) for key in ("rounds", "rows", "width", "add", "milvus_rows", "answers", "steps")}
-    sizes = ", ".join(f"{key.replace('_', ' ')} {value:,}" for key, value in changed.items())
+    sizes = ("rounds", "rows", "width", "add", "milvus_rows", "samples", "answers", "steps")
+    shown = ", ".join(f"{name.replace('_', ' ')} {getattr(options, name)}" for name in sizes)
     doubtful = [row for row in rows if "**" in row.shown()]
     parts = [
         "# Libraries in place of our own",
-        f"    python -m benchmarks.swaps --before {options.before}{only} --markdown docs/results/swaps.md",
-        f"{about} Other work shared the cores. Seeds are fixed in the scripts; sizes: {sizes}.",
+        f"    python -m benchmarks.swaps {shlex.join(options.given)}",
+        f"{about} Other work shared the cores. Seeds are fixed in the scripts; {shown}.",
         "Ratios are old / new in CPU seconds of a process and its children, above 1 the library is faster; of a refused library "
         "old is ours and new the library. A figure is the median over rounds in one run, both sides in turn, warmed up, with the "
         "least and the greatest. Lines are those of the files named in `benchmarks/swaps.toml` at both revisions, templates and "

@@ -74,7 +74,11 @@ def asgi_answer(app: Asgi, **headers: str) -> tuple[int, str]:
     raw = [(name.encode(), value.encode()) for name, value in headers.items()]
     scope = {"type": "http", "method": "POST", "path": "/", "raw_path": b"/", "query_string": b"", "scheme": "http",
              "http_version": "1.1", "headers": raw, "server": ("x", 80), "client": ("y", 1)}  # fmt: skip
-    asyncio.run(app(scope, receive, send))  # type: ignore[arg-type]  # an ASGI application is a coroutine function
+
+    async def ask() -> None:
+        await app(scope, receive, send)
+
+    asyncio.run(ask())
     return sent[0]["status"], dict(sent[0]["headers"]).get(b"content-type", b"").decode()
 
 

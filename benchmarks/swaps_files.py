@@ -14,6 +14,7 @@ import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -66,9 +67,14 @@ def quality(role: str, settings: Settings) -> Asks:
     """The figures of so many outcomes of a build, half of them kept; made before the clock starts."""
     package = "traceir.learn.reasoning" if role == "before" else "traceir.cot"
     measure = import_module(f"{package}.quality.quality").measure
-    outcomes = [outcome(role, number) for number in range(settings["samples"])]
+    sizes = [int(part) for part in settings["samples"].split(",")]
+    outcomes = [outcome(role, number) for number in range(max(sizes))]
     measure(outcomes[:500])
-    return {f"{len(outcomes):,} samples": lambda: funnel(measure(outcomes))}
+
+    def measured(size: int) -> list[Any]:
+        return funnel(measure(outcomes[:size]))
+
+    return {f"{size:,} samples": partial(measured, size) for size in sizes}
 
 
 def funnel(quality: Any) -> list[Any]:

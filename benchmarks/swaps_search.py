@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Final
@@ -26,7 +27,7 @@ def unit(seed: list[int], rows: int, width: int) -> Any:
 def opened(uri: Path | str, width: int, dtype: str = "float32") -> Any:
     from traceir.index import open_index
 
-    return open_index(uri, fingerprint="random", prompt_version="none", dim=width, create=True, dtype=dtype)  # type: ignore[call-overload]  # a path or an address
+    return open_index(uri, fingerprint="random", prompt_version="none", dim=width, create=True, dtype=dtype)
 
 
 def fill(index: Any, rows: int, width: int) -> None:
@@ -176,7 +177,7 @@ def permutation(role: str, _: Settings) -> Asks:
         )
 
     chosen = ours if role == "ours" else library
-    return warmed({name: lambda pair=pair: chosen(*pair) for name, pair in pairs.items()})  # type: ignore[misc]  # bound now
+    return warmed({name: partial(chosen, *pair) for name, pair in pairs.items()})
 
 
 def wilson(role: str, _: Settings) -> Asks:
