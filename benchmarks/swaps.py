@@ -118,11 +118,13 @@ class Row:
         return " | ".join(("", self.swap.title, self.verdict(), lines, ratios, "; ".join(words), "")).strip().replace("  ", " ")
 
     def verdict(self) -> str:
-        """The verdict, and beside it what the ratios say against it."""
-        medians = [ratio.ratio for ratio in self.ratios.values()]
+        """The verdict, and beside it what the ratios say against it: no median for it, and one ask against it in every round."""
+        found = self.ratios.values()
         if self.swap.verdict == "kept":
-            return "kept, **slower**" if medians and max(medians) < 0.95 else "kept"
-        return "refused, **faster**" if medians and min(medians) > 1 else "refused"
+            against = all(one.ratio < 1 for one in found) and any(one.greatest < 1 for one in found)
+            return "kept, **slower**" if against else "kept"
+        against = all(one.ratio > 1 for one in found) and any(one.least > 1 for one in found)
+        return "refused, **faster**" if against else "refused"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -140,10 +142,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for swap in swaps:
             rows.append(row := find_out(swap, sides, options))
             print(row.shown(), flush=True)
-    if options.out:
-        write_whole(options.out, json.dumps({"about": about, "rows": [asdict(row) for row in rows]}, indent=1) + "\n")
-    if options.markdown:
-        write_whole(options.markdown, page(rows, about, options))
+            if options.out:
+                write_whole(options.out, json.dumps({"about": about, "rows": [asdict(one) for one in rows]}, indent=1) + "\n")
+            if options.markdown:
+                write_whole(options.markdown, page(rows, about, options))
     if failed := [row.swap.name for row in rows if row.failed]:
         print(f"cannot be measured: {', '.join(failed)}", file=sys.stderr)
         return 2
