@@ -27,7 +27,8 @@ from traceir.errors import ImageError, InputError, ModelError
 from traceir.images import ImageInput
 from traceir.items import Item, Modality, Part, Query
 from traceir.media.part import file_of
-from traceir.prompts import ANSWERS, DESCRIBE, RERANK, TURN_END, asked_to_describe, render_asked, render_offered, render_query
+from traceir.prompts import TURN_END, render_query
+from traceir.rerank_prompts import ANSWERS, DESCRIBE, RERANK, asked_to_describe, render_asked, render_offered
 
 if TYPE_CHECKING:
     from traceir.batch import Layout

@@ -22,7 +22,8 @@ from traceir.data.settings import check_choices
 from traceir.errors import DataError, TrainError
 from traceir.images import ImageInput
 from traceir.items import Item, Query
-from traceir.prompts import asked_to_describe, completion_text
+from traceir.prompts import completion_text
+from traceir.rerank_prompts import asked_to_describe
 
 CLOSING_TAG: Final = " </answer>"
 UNSCORED: Final = 0.5
