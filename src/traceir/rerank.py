@@ -62,7 +62,7 @@ class Reranker(Protocol):
         """
 
 
-class Kept(Protocol):
+class KeptParts(Protocol):
     """What an index keeps of an item (Stored, Hit), as far as a reranker needs it."""
 
     @property
@@ -75,7 +75,7 @@ class Kept(Protocol):
     def image(self) -> str | None: ...
 
 
-def item_of(stored: Kept) -> Item | None:
+def item_of(stored: KeptParts) -> Item | None:
     """The item of an index again, by its text and image file; None where it has an image whose file is not there any more."""
     parts: list[Part] = []
     if "image" in stored.modality:
