@@ -26,7 +26,7 @@ from traceir.index.filter_text import as_filter
 from traceir.index.filters import Filter, Where, shown
 from traceir.index.pages import check_page, order_page, position_of
 from traceir.index.store import Index, Vectors, check_search
-from traceir.index.words import KeywordQuery, Term, columns_of, parse_words
+from traceir.index.words import KeywordQuery, SearchTerm, columns_of, parse_words
 from traceir.items import MODALITIES, Hit, Modality, Query, Vector
 from traceir.suggest import did_you_mean
 
@@ -251,8 +251,10 @@ def _by_words(index: Index, query: Query, options: SearchOptions, depth: int) ->
 
 
 def _all_of(words: KeywordQuery) -> str:
-    """The query that each of the words must be there, but for those of `_unsure`. What must not be there comes first: a query that
-    is too long loses its end."""
+    """The query that each of the words must be there, but for those of `_unsure`.
+
+    What must not be there comes first: a query that is too long loses its end.
+    """
     unsure = _unsure(words)
     sure = [term for term in words.wanted if not any(term in forms for forms in unsure)]
     without = [f'-"{" ".join(term.words)}"' for term in words.without]
@@ -260,15 +262,15 @@ def _all_of(words: KeywordQuery) -> str:
     return " ".join([*without, *phrases, *(" ".join(forms[0].words) + "*" * forms[0].is_prefix for forms in unsure)])
 
 
-def _unsure(words: KeywordQuery) -> list[list[Term]]:
-    """Of the words those that no query can insist on: prefixes, and what is there in one of several forms (`img2034`, `img 2034`)."""
-    forms: dict[str, list[Term]] = {}
+def _unsure(words: KeywordQuery) -> list[list[SearchTerm]]:
+    """The words that no query can insist on: prefixes, and what is there in one of several forms (`img2034`, `img 2034`)."""
+    forms: dict[str, list[SearchTerm]] = {}
     for term in words.wanted:
         forms.setdefault("".join(term.words), []).append(term)
     return [own for own in forms.values() if len(own) > 1 or own[0].is_prefix]
 
 
-def _holds(hit: Hit, unsure: Sequence[Sequence[Term]]) -> bool:
+def _holds(hit: Hit, unsure: Sequence[Sequence[SearchTerm]]) -> bool:
     columns = columns_of(hit.id, hit.text, hit.fields) if unsure else ()
     return all(any(term.is_in(words) for term in forms for words in columns) for forms in unsure)
 
