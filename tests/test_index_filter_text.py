@@ -57,6 +57,7 @@ def test_dates_stand_for_their_periods() -> None:
     ("a==1", "at character 3, after 'a=' and before '=1': two operators"), ("(a=1", "close the one of character 1"),
     ('a="x', "character 3.*quote is not closed"), ('a="x" y', "character 7, after 'a=\"x\" ' and before 'y'"),
     ("x in (a", "list is not closed"), ("x in (a,,b)", "character 9.*value is missing"), ("a=1 and", "no condition follows"),
+    ("camera=Pixel and focal length>50", "character 8.*name of several words.*quote the name"),
     ("width>100 and heigth", "character 7.*looks like more than a value.*quote"), ("date>=2024 adn x=1", "more than a value"),
     ("x ! y", "operator is missing"), ("x !~ y", "operator is missing"), (">3", "condition is missing"), ("and a=1", "condition"),
     ("()", "character 2"), ("not", "condition is missing"), ("(" * 99 + "a=1", "16 levels"), ("not " * 99 + "a=1", "16 levels"),

@@ -123,6 +123,10 @@ class _Parser:
         bare, value = self._value(depth)
         if bare and re.search(r"(^|\s)(and|or)$", value, re.IGNORECASE):
             self.refuse("no condition follows `and` or `or`", f"{_FORM}; quote a value that ends so")
+        if bare and re.search(r"\s(and|or)\s.*[=<>~]", value, re.IGNORECASE | re.DOTALL):
+            self.refuse(
+                "a name of several words stands behind `and` or `or`", f"{_FORM}; quote the name, or the whole value", start
+            )
         if operator in ("=", "!="):
             meanings = _meanings(bare, value)
             equal = Eq(name, meanings[0]) if len(meanings) == 1 else In(name, tuple(meanings))
