@@ -96,8 +96,8 @@ def is_there(path: str) -> bool:
     """Whether a file of exactly this name is there, also where case does not count."""
     folder, name = os.path.split(path)
     try:
-        return name in os.listdir(folder)
-    except FileNotFoundError:
+        return name in os.listdir(folder) and not os.path.isdir(path)
+    except (FileNotFoundError, NotADirectoryError):
         return False
     except OSError:
         return True

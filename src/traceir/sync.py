@@ -414,6 +414,8 @@ def _clash(file: FileState, holder: str) -> str:
 def _is_settled(file: FileState) -> bool:
     """Whether a file that failed can be read and has not changed: it will fail again as it is."""
     try:
+        if not os.path.isfile(file.path):  # to open a pipe would wait for its writer
+            return False
         with open(file.path, "rb") as stream:
             stream.read(1)
         return settled_stat(file.path) == file.stat
