@@ -352,6 +352,9 @@ def test_a_pipe_is_told_and_never_waited_for(into: Syncing) -> None:
         os.mkfifo(into.folder / f"pipe.{suffix}")
     for _ in range(2):
         assert {failure.reason.partition(";")[0] for failure in into().failed} >= {"it is not a regular file"}
+    pipe = str(into.folder / "pipe.txt")
+    (failure,) = sync_paths([pipe], into.index, into.encoder).failed
+    assert failure.location == pipe and failure.reason.startswith("it is not a regular file")
 
 
 def test_single_paths_are_synced_without_a_look_at_the_rest(into: Syncing, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-# ruff: noqa: PTH112, PTH118, PTH122, PTH123 - paths are texts here: to make a Path of each would take most of a run that finds nothing to do
+# ruff: noqa: PTH112, PTH113, PTH118, PTH122, PTH123 - paths are texts here: to make a Path of each would take most of a run that finds nothing to do
 """An index kept in step with folders: new, changed, renamed and deleted files.
 
 What is known of a file stands in its items alone: its path (`_file`) and its stat when it was read (`_stat`), so a run that was
