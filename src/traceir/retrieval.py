@@ -26,7 +26,7 @@ from traceir.index.filter_text import as_filter
 from traceir.index.filters import Filter, Where, shown
 from traceir.index.pages import check_page, order_page, position_of
 from traceir.index.store import Index, Vectors, check_search
-from traceir.index.words import KeywordQuery, Term, columns_of, parse_words
+from traceir.index.words import KeywordQuery, SearchTerm, columns_of, parse_words
 from traceir.items import MODALITIES, Hit, Modality, Query, Vector
 from traceir.suggest import did_you_mean
 
@@ -257,7 +257,7 @@ def _all_of(words: KeywordQuery) -> str:
     return " ".join([*phrases, *prefixes, *(f'-"{" ".join(term.words)}"' for term in words.without)])
 
 
-def _holds(hit: Hit, terms: Sequence[Term]) -> bool:
+def _holds(hit: Hit, terms: Sequence[SearchTerm]) -> bool:
     columns = columns_of(hit.id, hit.text, hit.fields) if terms else ()
     return all(any(term.is_in(words) for words in columns) for term in terms)
 

@@ -16,7 +16,7 @@ from typing import Final
 from traceir.index import store
 from traceir.index.filters import Filter
 from traceir.index.sql import COLUMNS, compile_filter, read_counter, read_number
-from traceir.index.words import KeywordQuery, Term, columns_of
+from traceir.index.words import KeywordQuery, SearchTerm, columns_of
 from traceir.items import Modality
 
 CHUNK: Final = 5_000
@@ -105,5 +105,5 @@ def match_of(words: KeywordQuery) -> str:
     return f"({matched}) NOT ({' OR '.join(map(_quoted, words.without))})" if words.without else matched
 
 
-def _quoted(term: Term) -> str:
+def _quoted(term: SearchTerm) -> str:
     return f'"{" ".join(term.words)}"{" *" if term.is_prefix else ""}'
