@@ -38,8 +38,9 @@ from traceir.evaluation.results import describe_machine
 from traceir.files import write_whole
 from traceir.images import ImageInput
 from traceir.items import Encoding, Item, Query
-from traceir.prompts import TURN_END, asked_to_describe, render_asked, render_offered, render_query
+from traceir.prompts import TURN_END, render_query
 from traceir.rerank import TEMPERATURE, UNREADABLE, Reranker, TraceReranker, load_reranker, rerank, target_of
+from traceir.rerank_prompts import asked_to_describe, render_asked, render_offered
 
 COMPLEX = 2
 """Steps from which a query is complex."""

@@ -57,10 +57,13 @@ def test_dates_stand_for_their_periods() -> None:
     ("a==1", "at character 3, after 'a=' and before '=1': two operators"), ("(a=1", "close the one of character 1"),
     ('a="x', "character 3.*quote is not closed"), ('a="x" y', "character 7, after 'a=\"x\" ' and before 'y'"),
     ("x in (a", "list is not closed"), ("x in (a,,b)", "character 9.*value is missing"), ("a=1 and", "no condition follows"),
+    ("camera=Pixel and focal length>50", "character 8.*name of several words.*quote the name"),
     ("width>100 and heigth", "character 7.*looks like more than a value.*quote"), ("date>=2024 adn x=1", "more than a value"),
     ("x ! y", "operator is missing"), ("x !~ y", "operator is missing"), (">3", "condition is missing"), ("and a=1", "condition"),
     ("()", "character 2"), ("not", "condition is missing"), ("(" * 99 + "a=1", "16 levels"), ("not " * 99 + "a=1", "16 levels"),
-    ("a=\0", "zero|use text"), (" or ".join(f"a{n}=1" for n in range(300)), "300 conditions"),
+    ("a=\0", "zero|use text"), (" or ".join(f"a{n}=1" for n in range(300)), "before 'a256=1.*more than 256 conditions"),
+    ("(" + " and ".join("a=1 or b=1" for _ in range(200)), "more than 256 conditions"),
+    ("x in (" + "y," * 20_000, "at character 20008.*more than 10000 values"),
     ("a~" + "x" * 5000, "5000 characters"),
 ])  # fmt: skip
 def test_what_cannot_be_read_is_refused_with_its_place(text: str, why: str) -> None:

@@ -85,6 +85,16 @@ def test_what_is_found_is_what_plain_python_finds(
             assert said == counted <= max(3, len(there) / 0.75)
 
 
+def test_others_are_answered_while_words_are_brought_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(keywords, "CHUNK", 2)
+    with opened(tmp_path) as index:
+        index.upsert([Item.of(text=f"strand {n}", id=str(n)) for n in range(40)], drawn(40, 4))
+        free: list[bool] = []
+        monkeypatch.setattr("traceir.index.sqlite.time.sleep", lambda _: free.append(not index._connection.in_transaction))
+        assert len(ids(index, "strand")) == 40
+        assert len(free) >= 20 and all(free), "the lock, let go and taken at once, would pass by those that wait for it"
+
+
 def test_a_prefix_is_found_and_ranked_with_its_words(tmp_path: Path) -> None:
     with opened(tmp_path) as index:
         index.upsert([Item.of(text=text, id=text) for text in ("Strandkorb", "Strand", "Sand", "am Strand liegen")], drawn(4, 4))

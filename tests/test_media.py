@@ -325,6 +325,14 @@ def test_dates_cameras_and_places_are_read_with_sense() -> None:
     assert image_fields(Image.open(BytesIO(encode(Image.new("RGB", (4, 2)), "PNG")))) == {"width": 4, "height": 2}
 
 
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF", "WEBP"])
+def test_sides_are_those_of_the_image_as_it_is_shown(kind: str) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    image = ImageInput.from_bytes(encode(Image.new("RGB", (4, 2)), kind, exif=exif))
+    assert (image.metadata(), image.load().size) == ({"width": 2, "height": 4}, (2, 4))
+
+
 def test_videos_say_when_and_where_as_phones_write_it() -> None:
     apple = {
         "creationdate": "2024-05-17T18:03:21+0200",

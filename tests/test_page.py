@@ -533,6 +533,9 @@ def test_a_search_for_what_is_not_there_finds_nothing(service: Service, open_pag
     assert shown_ids(page) == expected != []
     if len(expected) < PAGE:
         expect(page.locator(".count")).to_contain_text("above the cut-off")
+    page.get_by_role("radio", name="Words").check()
+    expect(state).to_contain_text("No hits")  # and no refusal: there is no cut-off where words alone are looked for
+    page.get_by_role("radio", name="Meaning").check()
     # The index is calibrated for texts alone, so a search with an image is shown what is nearest.
     ask(page, service.asked("cirr_task7", 2).query)
     assert len(shown_ids(page)) == PAGE

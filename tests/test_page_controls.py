@@ -183,6 +183,10 @@ def test_near_duplicates_are_folded_and_details_open_them(page: Any) -> None:
     folded.first.click()
     expect(page.locator("#details h2")).to_have_text(title.split("/")[1])
     expect(page.locator(".facts")).to_contain_text("2023-03-0")
+    page.set_viewport_size({"width": 360, "height": 740})
+    page.locator("#details h2").evaluate("heading => { heading.textContent = 'Screenshot_'.repeat(20); }")
+    assert page.locator("#details").evaluate("({scrollWidth, clientWidth}) => scrollWidth - clientWidth") == 0
+    page.set_viewport_size({"width": 1280, "height": 800})
     page.keyboard.press("Escape")
     page.locator("#open-panel").click()
     page.locator("#fold").uncheck()

@@ -39,6 +39,12 @@ def test_rows_are_records_whatever_separates_their_cells(separator: str, tmp_pat
     assert [type(record["price"]) for record in values(path)] == [float, int]
 
 
+def test_a_name_may_go_over_lines_and_a_cell_be_as_long_as_a_line(tmp_path: Path) -> None:
+    path = table(tmp_path, f'sep=,\nid,"price\n(EUR)"\na,5\nb,{"x" * 200_000}\nc,1,2\n')
+    assert values(path) == [{"id": "a", "price\n(EUR)": 5}, {"id": "b", "price\n(EUR)": "x" * 200_000}]
+    assert [record.location for record in read(path) if isinstance(record, Failure)] == [f"{path}:6"]
+
+
 def test_encodings_are_recognised_and_told(tmp_path: Path) -> None:
     text = "id;text\na;Käse – 5 €\n"
     for encoding, what in (("utf-8", ""), ("utf-8-sig", ""), ("cp1252", "Windows-1252"), ("utf-16", "UTF-16")):

@@ -152,6 +152,30 @@ def test_with_a_cutoff_hits_by_all_words_stay(searcher: Searcher) -> None:
         assert {hit.id for page in pages for hit in page.hits if "vector" not in hit.scores} == {"c"}, "others are near"
 
 
+def test_a_word_with_digits_is_there_in_one_of_its_forms(searcher: Searcher) -> None:
+    texts = {
+        "IMG-2034.JPG": "a red sea",
+        "b": "the red img2034",
+        "c": "img2034",
+        "d": "red img 2035",
+        "e": "img2034 is not red now",
+    }
+    shelf(searcher.index, dict.fromkeys(texts, 0.0), "img2034 red", **texts)
+    searcher.calibrate([Query.of(text=f"background {n}") for n in range(100)])
+    for asked in ("img2034 red -now", "img20* red -now"):
+        pages = [searcher.search(asked, mode=mode, cutoff=rate) for mode, rate in (("keyword", None), ("hybrid", 0.05))]  # type: ignore[arg-type]
+        by_words = [{hit.id for hit in page.hits if "keyword" in hit.scores} for page in pages]
+        both, either = {"IMG-2034.JPG", "b"}, {"IMG-2034.JPG", "b", "c", "d"}
+        assert set(ids(pages[0])[:2]) == both if "*" not in asked else {"b", "IMG-2034.JPG"} >= by_words[1] >= {"b"}
+        assert by_words[0] <= either and by_words[1] >= {"b"} and "e" not in by_words[0] | by_words[1]
+
+
+def test_words_that_must_not_be_there_are_heard_behind_a_long_query(searcher: Searcher) -> None:
+    words = " ".join(f"{'w' * 61}{chr(97 + n % 26)}{chr(97 + n // 26)}" for n in range(62))
+    shelf(searcher.index, {"a": 0.5, "b": 0.5}, a=words, b=f"{words} secret")
+    assert ids(searcher.search(f"{words} -secret", mode="keyword")) == ["a"]
+
+
 # Terms
 
 

@@ -333,6 +333,30 @@ def sync_module_stat(path: Path) -> str:
     return roots.stat_text(path.stat())
 
 
+def test_a_folder_in_place_of_a_file_and_a_file_in_place_of_a_folder(into: Syncing) -> None:
+    for name in ("sub/a", "sub/deep/b", "c.png/d", "e"):
+        paint(into.folder / f"{name}.png", len(name))
+    into()
+    shutil.rmtree(into.folder / "sub")
+    (into.folder / "sub").write_text("no folder")
+    (into.folder / "e.png").unlink()
+    paint(into.folder / "e.png" / "f.png", 21)
+    shutil.rmtree(into.folder / "c.png")
+    paint(into.folder / "c.png", 20)
+    assert into.counts() == {"added": 2, "removed": 4, "encoded": 2}
+    assert into.ids() == ["c.png", "e.png/f.png"]
+
+
+def test_a_pipe_is_told_and_never_waited_for(into: Syncing) -> None:
+    for suffix in ("png", "txt", "pdf", "mp4"):
+        os.mkfifo(into.folder / f"pipe.{suffix}")
+    for _ in range(2):
+        assert {failure.reason.partition(";")[0] for failure in into().failed} >= {"it is not a regular file"}
+    pipe = str(into.folder / "pipe.txt")
+    (failure,) = sync_paths([pipe], into.index, into.encoder).failed
+    assert failure.location == pipe and failure.reason.startswith("it is not a regular file")
+
+
 def test_single_paths_are_synced_without_a_look_at_the_rest(into: Syncing, monkeypatch: pytest.MonkeyPatch) -> None:
     for number, name in enumerate(("a.png", "sub/b.png", "c.png")):
         paint(into.folder / name, number)

@@ -1,4 +1,4 @@
-# ruff: noqa: PTH113, PTH116, PTH122, PTH208 - paths are texts here: to make a Path of each would take most of a run that finds nothing to do
+# ruff: noqa: PTH110, PTH112, PTH116, PTH122, PTH208 - paths are texts here: to make a Path of each would take most of a run that finds nothing to do
 """What lies in a folder: the files that are read there and their stats, found without opening any."""
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def list_files(top: str) -> FolderListing:
     Left out are hidden files and folders, linked folders, and a folder that is an index.
     """
     listing, suffixes = FolderListing(top), readable_suffixes()
-    if os.path.isfile(top):
+    if os.path.exists(top) and not os.path.isdir(top):
         if os.path.splitext(top)[1].lower() in suffixes:
             listing.stats[top] = stat_text(os.stat(top))
         return listing
@@ -51,7 +51,7 @@ def list_files(top: str) -> FolderListing:
         try:
             with os.scandir(folder) as entries:
                 names = list(entries)
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             continue
         except OSError as error:
             listing.unknown[folder] = Failure(folder, f"the folder cannot be read: {error.strerror}; check its rights")
@@ -96,8 +96,8 @@ def is_there(path: str) -> bool:
     """Whether a file of exactly this name is there, also where case does not count."""
     folder, name = os.path.split(path)
     try:
-        return name in os.listdir(folder)
-    except FileNotFoundError:
+        return name in os.listdir(folder) and not os.path.isdir(path)
+    except (FileNotFoundError, NotADirectoryError):
         return False
     except OSError:
         return True

@@ -5,8 +5,6 @@ so a caption that holds `<|emb|>` or `<|im_start|>` is harmless. The two version
 
 - `trace-1` follows the paper (section 3, prompts): a system message with role, modality, strategy and output rules.
 - `brief-1` says the same in a handful of words, for small models whose compute is counted in prompt tokens.
-
-A reranker reads both at once, the query first: `render_asked`, then `render_offered`, one prompt in two halves.
 """
 
 from __future__ import annotations
@@ -30,12 +28,6 @@ SPECIAL_TOKENS: Final = (PAD, TURN_START, TURN_END, VISION_START, VISION_END, IM
 
 PromptVersion = Literal["trace-1", "brief-1"]
 Role = Literal["query", "candidate"]
-RERANK: Final = "rerank-1"
-"""The version of the two halves that a reranker reads."""
-DESCRIBE: Final = "describe-1"
-"""The version of what a candidate is asked that is to be put in words."""
-ANSWERS: Final = ("yes", "no")
-"""What it is asked for; the first token of each counts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,43 +126,20 @@ def render_candidate(item: Item, version: PromptVersion) -> Prompt:
     return _prompt("candidate", version, system, f"candidate {item.modality.replace(',', ' ')}. ", item.parts)
 
 
-def render_asked(query: Query, version: PromptVersion, reasoning: str = "") -> Prompt:
-    """What a reranker reads first: the question, the query, and what the query's encoder wrote of the target."""
-    system = (
-        "Judge whether the candidate is what the query looks for. Compare every detail that the query names. "
-        f"Answer only {' or '.join(ANSWERS)}."
-    )
-    brief = f"query {query.modality.replace(',', ' ')} find {(query.target or 'any').replace(',', ' ')}. "
-    pieces = _opening(version, system, brief) + _contents(query.parts, query.instruction)
-    if reasoning := normalise(reasoning):
-        pieces += [Span(("\nTarget: " if version == "trace-1" else "find ",)), Span((UserText(reasoning),))]
-    return Prompt(tuple(pieces), "query", version)
-
-
-def render_offered(item: Item, version: PromptVersion) -> Prompt:
-    """What a reranker reads next, for each candidate: its images and text, and where the answer begins."""
-    opening = "\nCandidate: " if version == "trace-1" else f"candidate {item.modality.replace(',', ' ')}. "
-    return Prompt((Span((opening,)), *_contents(item.parts), *_ENDING), "candidate", version)
-
-
-def asked_to_describe(item: Item) -> Query:
-    """A candidate as a query that is answered by putting it in words."""
-    return Query((*item.parts, "name it"))
-
-
 def _prompt(
     role: Role, version: PromptVersion, system: str, brief: str, parts: tuple[Part, ...], instruction: str | None = None
 ) -> Prompt:
-    return Prompt((*_opening(version, system, brief), *_contents(parts, instruction), *_ENDING), role, version)
+    return Prompt((*opening(version, system, brief), *contents(parts, instruction), *ENDING), role, version)
 
 
-def _opening(version: PromptVersion, system: str, brief: str) -> list[Piece]:
+def opening(version: PromptVersion, system: str, brief: str) -> list[Piece]:
+    """What stands before the contents: the long form or the brief one."""
     user = f"{TURN_START}user\n"
     texts = (f"{TURN_START}system\n", system, f"{TURN_END}\n", user) if version == "trace-1" else (user, brief)
     return [Span((text,)) for text in texts]
 
 
-def _contents(parts: tuple[Part, ...], instruction: str | None = None) -> list[Piece]:
+def contents(parts: tuple[Part, ...], instruction: str | None = None) -> list[Piece]:
     """Each text a span of its own: no merge of the tokenizer crosses from one to the next."""
     pieces: list[Piece] = []
     if instruction := normalise(instruction):
@@ -183,7 +152,7 @@ def _contents(parts: tuple[Part, ...], instruction: str | None = None) -> list[P
     return pieces
 
 
-_ENDING: Final = (Span((f"{TURN_END}\n",)), Span((f"{TURN_START}assistant\n",)))
+ENDING: Final = (Span((f"{TURN_END}\n",)), Span((f"{TURN_START}assistant\n",)))
 
 
 def normalise(text: str | None) -> str:

@@ -159,9 +159,11 @@ def _read_table(path: Path) -> Iterator[FileRecord | Failure | Note]:
     """Rows below a row of names, separated by comma, semicolon, tab or bar: whichever makes most of the names."""
     encoding, note = _encoding_of(path)
     with path.open(encoding=encoding, errors="replace", newline="") as file:
-        first = file.readline(MAX_TEXT_BYTES)
+        first, above = file.readline(MAX_TEXT_BYTES), 1
         if first.lower().startswith("sep="):  # as Excel writes it
-            first = file.readline(MAX_TEXT_BYTES)
+            first, above = file.readline(MAX_TEXT_BYTES), 2
+        while first.count('"') % 2 and len(first) < MAX_TEXT_BYTES and (more := file.readline(MAX_TEXT_BYTES)):
+            first, above = first + more, above + 1  # a name over two lines
         delimiter = max(",;\t|", key=lambda delimiter: len(_cells(first, delimiter)))
         names = [_column(name) for name in _cells(first, delimiter)]
         if why := _not_table(names):
@@ -170,7 +172,8 @@ def _read_table(path: Path) -> Iterator[FileRecord | Failure | Note]:
         if note:
             yield Note(str(path), note)
         lines = iter(lambda: file.readline(MAX_TEXT_BYTES), "")  # so that a file of one endless line is not read whole
-        rows, before = csv.reader(lines, delimiter=delimiter, strict=True), 1
+        rows, before = csv.reader(lines, delimiter=delimiter, strict=True), above
+        csv.field_size_limit(MAX_TEXT_BYTES)
         while True:
             location = f"{path}:{before + 1}"
             try:
@@ -182,7 +185,7 @@ def _read_table(path: Path) -> Iterator[FileRecord | Failure | Note]:
                     return
                 if any(cell.strip() for cell in row):
                     yield _record_of_row(location, names, row)
-            before = rows.line_num + 1
+            before = rows.line_num + above
 
 
 def _encoding_of(path: Path) -> tuple[str, str]:

@@ -27,7 +27,8 @@ from traceir.errors import ImageError, InputError, ModelError
 from traceir.images import ImageInput
 from traceir.items import Item, Modality, Part, Query
 from traceir.media.part import file_of
-from traceir.prompts import ANSWERS, DESCRIBE, RERANK, TURN_END, asked_to_describe, render_asked, render_offered, render_query
+from traceir.prompts import TURN_END, render_query
+from traceir.rerank_prompts import ANSWERS, DESCRIBE, RERANK, asked_to_describe, render_asked, render_offered
 
 if TYPE_CHECKING:
     from traceir.batch import Layout
@@ -61,7 +62,7 @@ class Reranker(Protocol):
         """
 
 
-class Kept(Protocol):
+class KeptParts(Protocol):
     """What an index keeps of an item (Stored, Hit), as far as a reranker needs it."""
 
     @property
@@ -74,7 +75,7 @@ class Kept(Protocol):
     def image(self) -> str | None: ...
 
 
-def item_of(stored: Kept) -> Item | None:
+def item_of(stored: KeptParts) -> Item | None:
     """The item of an index again, by its text and image file; None where it has an image whose file is not there any more."""
     parts: list[Part] = []
     if "image" in stored.modality:

@@ -26,7 +26,7 @@ from traceir.index.filter_text import as_filter
 from traceir.index.filters import Filter, Where, shown
 from traceir.index.pages import check_page, order_page, position_of
 from traceir.index.store import Index, Vectors, check_search
-from traceir.index.words import KeywordQuery, Term, columns_of, parse_words
+from traceir.index.words import KeywordQuery, SearchTerm, columns_of, parse_words
 from traceir.items import MODALITIES, Hit, Modality, Query, Vector
 from traceir.suggest import did_you_mean
 
@@ -241,7 +241,7 @@ def _by_words(index: Index, query: Query, options: SearchOptions, depth: int) ->
         return _Pool([], whole=True)  # an image, or "!!!": the vector alone decides
     hits = index.search_keywords(_all_of(words), depth, where=options.filter, modality=query.target)
     whole = len(hits) < depth
-    hits = [hit for hit in hits if _holds(hit, [term for term in words.wanted if term.is_prefix])]
+    hits = [hit for hit in hits if _holds(hit, _unsure(words))]
     if options.cutoff is None and len(hits) < depth and len(words.wanted) > 1:
         there = {hit.id for hit in hits}
         others = index.search_keywords(query.text, depth, where=options.filter, modality=query.target)
@@ -251,15 +251,28 @@ def _by_words(index: Index, query: Query, options: SearchOptions, depth: int) ->
 
 
 def _all_of(words: KeywordQuery) -> str:
-    """The query that each of the words must be there; for prefixes there is no such query."""
-    phrases = [f'"{" ".join(term.words)}"' for term in (*words.required, *words.wanted) if not term.is_prefix]
-    prefixes = [f"{' '.join(term.words)}*" for term in words.wanted if term.is_prefix]
-    return " ".join([*phrases, *prefixes, *(f'-"{" ".join(term.words)}"' for term in words.without)])
+    """The query that each of the words must be there, but for those of `_unsure`.
+
+    What must not be there comes first: a query that is too long loses its end.
+    """
+    unsure = _unsure(words)
+    sure = [term for term in words.wanted if not any(term in forms for forms in unsure)]
+    without = [f'-"{" ".join(term.words)}"' for term in words.without]
+    phrases = [f'"{" ".join(term.words)}"' for term in (*words.required, *sure)]
+    return " ".join([*without, *phrases, *(" ".join(forms[0].words) + "*" * forms[0].is_prefix for forms in unsure)])
 
 
-def _holds(hit: Hit, terms: Sequence[Term]) -> bool:
-    columns = columns_of(hit.id, hit.text, hit.fields) if terms else ()
-    return all(any(term.is_in(words) for words in columns) for term in terms)
+def _unsure(words: KeywordQuery) -> list[list[SearchTerm]]:
+    """The words that no query can insist on: prefixes, and what is there in one of several forms (`img2034`, `img 2034`)."""
+    forms: dict[str, list[SearchTerm]] = {}
+    for term in words.wanted:
+        forms.setdefault("".join(term.words), []).append(term)
+    return [own for own in forms.values() if len(own) > 1 or own[0].is_prefix]
+
+
+def _holds(hit: Hit, unsure: Sequence[Sequence[SearchTerm]]) -> bool:
+    columns = columns_of(hit.id, hit.text, hit.fields) if unsure else ()
+    return all(any(term.is_in(words) for term in forms for words in columns) for forms in unsure)
 
 
 def _fused(vectors: _Pool, words: _Pool, weight: float) -> _Pool:

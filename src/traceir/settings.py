@@ -13,7 +13,8 @@ from traceir.batch import ImageBudget, PoolingPosition, Processor
 from traceir.checkpoint import MODULES, OWN_MODULE, read_object
 from traceir.errors import InputError, ModelError
 from traceir.profiles import JSON_KEYS, Profile, profile_of
-from traceir.prompts import DESCRIBE, RERANK, PromptVersion
+from traceir.prompts import PromptVersion
+from traceir.rerank_prompts import DESCRIBE, RERANK
 from traceir.world import World, world_of
 
 log = logging.getLogger(__name__)

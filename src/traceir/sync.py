@@ -1,4 +1,4 @@
-# ruff: noqa: PTH112, PTH118, PTH122, PTH123 - paths are texts here: to make a Path of each would take most of a run that finds nothing to do
+# ruff: noqa: PTH112, PTH113, PTH118, PTH122, PTH123 - paths are texts here: to make a Path of each would take most of a run that finds nothing to do
 """An index kept in step with folders: new, changed, renamed and deleted files.
 
 What is known of a file stands in its items alone: its path (`_file`) and its stat when it was read (`_stat`), so a run that was
@@ -414,6 +414,8 @@ def _clash(file: FileState, holder: str) -> str:
 def _is_settled(file: FileState) -> bool:
     """Whether a file that failed can be read and has not changed: it will fail again as it is."""
     try:
+        if not os.path.isfile(file.path):  # to open a pipe would wait for its writer
+            return False
         with open(file.path, "rb") as stream:
             stream.read(1)
         return settled_stat(file.path) == file.stat

@@ -22,7 +22,8 @@ from traceir.data.settings import check_choices
 from traceir.errors import DataError, TrainError
 from traceir.images import ImageInput
 from traceir.items import Item, Query
-from traceir.prompts import asked_to_describe, completion_text
+from traceir.prompts import completion_text
+from traceir.rerank_prompts import asked_to_describe
 
 CLOSING_TAG: Final = " </answer>"
 UNSCORED: Final = 0.5
@@ -320,7 +321,7 @@ def _length(row: tuple[str | None, str, str]) -> tuple[bool, int]:
     return image is not None, len(prompt) + len(target)
 
 
-class Described(PretrainingData):
+class DescribedCandidates(PretrainingData):
     """A candidate in, the answer of a query that it is right for out. Its rows are (candidate, answer)."""
 
     def example(self, number: int, draw: np.random.Generator) -> Example:
@@ -334,13 +335,13 @@ class Described(PretrainingData):
         return (candidate.image_path for candidate, _ in self.rows if candidate.image_path)
 
 
-def read_described(root: Path, most: int = 4000) -> list[Described]:
+def read_described(root: Path, most: int = 4000) -> list[DescribedCandidates]:
     """Of each task of `read_pairs` whose labels have answers, at most so many, drawn by a fixed seed."""
     tasks = []
     for task in read_pairs(root):
         rows = [(row.positives[0], row.label.answer) for row in task.rows if row.label and row.label.answer]
         mixed = np.random.default_rng(0).permutation(len(rows))[:most]
-        tasks += [Described(task.name, [rows[index] for index in mixed], root)] if rows else []
+        tasks += [DescribedCandidates(task.name, [rows[index] for index in mixed], root)] if rows else []
     if not tasks:
         raise TrainError(f"{root} has no labels with answers (cot/train); teach=describe learns from those of complex queries")
     return tasks

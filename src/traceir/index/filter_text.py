@@ -23,7 +23,9 @@ from typing import Final, NoReturn
 
 from traceir.errors import InputError
 from traceir.index.filters import (
+    MAX_CONDITIONS,
     MAX_DEPTH,
+    MAX_IN_VALUES,
     MAX_TEXT_BYTES,
     And,
     Eq,
@@ -79,7 +81,7 @@ class _Parser:
     """Reads from `at` on; each method leaves it behind what it has read and the space after it."""
 
     def __init__(self, text: str) -> None:
-        self.text, self.at = text, 0
+        self.text, self.at, self.conditions = text, 0, 0
         self._skip(_SPACE)
 
     def any_of(self, depth: int) -> Filter:
@@ -105,6 +107,9 @@ class _Parser:
         return where
 
     def _condition(self, depth: int) -> Filter:
+        self.conditions += 1
+        if self.conditions > MAX_CONDITIONS:
+            self.refuse(f"more than {MAX_CONDITIONS} conditions", "give fewer, put values into in (...), or ask several times")
         name = self._name()
         operator = " ".join((self._skip(_OPERATOR) or "").lower().split())
         if not operator:
@@ -118,6 +123,10 @@ class _Parser:
         bare, value = self._value(depth)
         if bare and re.search(r"(^|\s)(and|or)$", value, re.IGNORECASE):
             self.refuse("no condition follows `and` or `or`", f"{_FORM}; quote a value that ends so")
+        if bare and re.search(r"\s(and|or)\s.*[=<>~]", value, re.IGNORECASE | re.DOTALL):
+            self.refuse(
+                "a name of several words stands behind `and` or `or`", f"{_FORM}; quote the name, or the whole value", start
+            )
         if operator in ("=", "!="):
             meanings = _meanings(bare, value)
             equal = Eq(name, meanings[0]) if len(meanings) == 1 else In(name, tuple(meanings))
@@ -170,6 +179,8 @@ class _Parser:
             if bare and not value:
                 self.refuse("a value is missing", 'write one, or "" for the empty text')
             values.append((bare, value))
+            if len(values) > MAX_IN_VALUES:
+                self.refuse(f"more than {MAX_IN_VALUES} values in one list", "give fewer, or ask several times")
         return values
 
     def _quoted(self) -> str:

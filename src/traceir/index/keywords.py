@@ -16,11 +16,11 @@ from typing import Final
 from traceir.index import store
 from traceir.index.filters import Filter
 from traceir.index.sql import COLUMNS, compile_filter, read_counter, read_number
-from traceir.index.words import KeywordQuery, Term, columns_of
+from traceir.index.words import KeywordQuery, SearchTerm, columns_of
 from traceir.items import Modality
 
-CHUNK: Final = 5_000
-"""Rows brought in by one transaction."""
+CHUNK: Final = 1_000
+"""Rows brought in by one transaction, for which all else waits."""
 _STALE: Final = 0.25
 _SMALL: Final = 1_000
 """Rows below which it is not worth while to make the table anew."""
@@ -105,5 +105,5 @@ def match_of(words: KeywordQuery) -> str:
     return f"({matched}) NOT ({' OR '.join(map(_quoted, words.without))})" if words.without else matched
 
 
-def _quoted(term: Term) -> str:
+def _quoted(term: SearchTerm) -> str:
     return f'"{" ".join(term.words)}"{" *" if term.is_prefix else ""}'

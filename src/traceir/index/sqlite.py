@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import logging
 import sqlite3
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
@@ -40,6 +41,8 @@ FILE_NAME: Final = "index.sqlite"
 COUNTED: Final = 200_000
 """Items whose facets are counted one by one."""
 _TRIES: Final = 3
+_PAUSE_S: Final = 0.001
+"""Between two parts of a long write: a lock let go and taken at once would pass by those that wait for it."""
 _Found = tuple[float, str, int]  # score, id, number
 _IDS: Final = f"i.id {AMONG}"
 _NOTE: Final = "note:"
@@ -164,6 +167,7 @@ class SqliteIndex(CheckedIndex):
                     raise
                 _LOG.warning("keyword search leaves out what was added to index %s last: %s", self._shown, error)
                 return
+            time.sleep(_PAUSE_S)
 
     def _page_of(self, where: Filter | None, page: Page) -> list[Stored]:
         with self._transaction():

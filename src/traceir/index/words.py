@@ -39,7 +39,7 @@ _APART: Final = re.compile(r"[,;:/\\|()\[\]{}!?，、。；：（）！？・]+"
 
 
 @dataclass(frozen=True, slots=True)
-class Term:
+class SearchTerm:
     """Words that follow each other; of the last one any longer word too, where it is a prefix."""
 
     words: tuple[str, ...]
@@ -58,14 +58,14 @@ class Term:
 class KeywordQuery:
     """What is looked for: every phrase of `required`, none of `without`, and the more of `wanted` the better."""
 
-    wanted: tuple[Term, ...]
-    required: tuple[Term, ...]
-    without: tuple[Term, ...]
+    wanted: tuple[SearchTerm, ...]
+    required: tuple[SearchTerm, ...]
+    without: tuple[SearchTerm, ...]
 
     def allows(self, columns: Sequence[Sequence[str]]) -> bool:
         """Whether an item with these columns of words is found."""
 
-        def has(term: Term) -> bool:
+        def has(term: SearchTerm) -> bool:
             return any(term.is_in(words) for words in columns)
 
         return any(map(has, self.required + self.wanted)) and all(map(has, self.required)) and not any(map(has, self.without))
@@ -78,33 +78,33 @@ def parse_words(text: str) -> KeywordQuery:
     """
     if not isinstance(text, str):
         raise InputError(f"the words to look for are {shown(text)}; give a text")
-    wanted, required, without = list[Term](), list[Term](), list[Term]()
+    wanted, required, without = list[SearchTerm](), list[SearchTerm](), list[SearchTerm]()
     for match in _PART.finditer(text[:MAX_QUERY].translate(_QUOTES)):
         is_without, is_phrase = bool(match[1]), match[2] is not None
         part = match[2] or match[3] or match[4] or ""
         for own in [part] if is_phrase or is_without else _APART.split(part):
             if words := tuple(cut_words(own)):
-                whole = Term(words, own.endswith("*") and not is_phrase and len(words[-1]) > 1)
+                whole = SearchTerm(words, own.endswith("*") and not is_phrase and len(words[-1]) > 1)
                 if is_phrase or is_without:
                     (without if is_without else required).append(whole)
                 else:
                     wanted += _pieces(whole)
-                    wanted += [Term(parts) for parts in [tuple(cut_words(_DIGITS.sub(" ", own)))] if parts != words]
+                    wanted += [SearchTerm(parts) for parts in [tuple(cut_words(_DIGITS.sub(" ", own)))] if parts != words]
     if not wanted and not required:
         what = "only words that must not occur" if without else "no word or number"
         raise InputError(f"the keyword query {shown(text)} has {what}; give at least one that is looked for")
     return KeywordQuery(*(tuple(dict.fromkeys(terms))[:MAX_TERMS] for terms in (wanted, required, without)))
 
 
-def _pieces(whole: Term) -> Iterator[Term]:
+def _pieces(whole: SearchTerm) -> Iterator[SearchTerm]:
     """What is looked for of a word as it was typed, which may mix scripts."""
     for is_unspaced, run in itertools.groupby(whole.words, lambda word: bool(_UNSPACED.fullmatch(word))):
         words = tuple(run)
         size = 2 if is_unspaced and re.match(f"[{_KANA_AND_HAN}]", words[0]) else 3
         if is_unspaced and len(words) > size:
-            yield from (Term(words[start : start + size]) for start in range(len(words) - size + 1))
+            yield from (SearchTerm(words[start : start + size]) for start in range(len(words) - size + 1))
         else:
-            yield Term(words, whole.is_prefix and words[-1] == whole.words[-1])
+            yield SearchTerm(words, whole.is_prefix and words[-1] == whole.words[-1])
 
 
 def cut_words(text: str) -> list[str]:

@@ -18,7 +18,7 @@ from typing import Any, Final
 from PIL import Image, IptcImagePlugin
 
 Fields = dict[str, str | int | float]
-_MAKE, _MODEL, _ORIENTATION, _DATE, _EXIF, _GPS, _XMP = 0x010F, 0x0110, 0x0112, 0x0132, 0x8769, 0x8825, 0x02BC
+_WIDTH, _MAKE, _MODEL, _ORIENTATION, _DATE, _EXIF, _GPS, _XMP = 0x0100, 0x010F, 0x0110, 0x0112, 0x0132, 0x8769, 0x8825, 0x02BC
 _TAKEN, _DIGITIZED, _OFFSET, _OFFSET_TAKEN, _OFFSET_DIGITIZED = 0x9003, 0x9004, 0x9010, 0x9011, 0x9012
 _CITY, _COUNTRY = (2, 90), (2, 101)
 _OFFSET_FORM = re.compile(r"[+-](0\d|1[0-4]):[0-5]\d")
@@ -42,6 +42,8 @@ def image_fields(image: Image.Image) -> Fields:
     with contextlib.suppress(*_WRONG):
         exif = image.getexif() if image.format != "PNG" or "exif" in image.info else exif
         turned = exif.get(_ORIENTATION) in (5, 6, 7, 8)
+        if image.format == "TIFF":  # Pillow from 11 turns its size
+            turned &= image.width == exif.get(_WIDTH)
     with contextlib.suppress(*_WRONG):
         fields |= _place(image, exif)
     width, height = reversed(image.size) if turned else image.size

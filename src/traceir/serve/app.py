@@ -138,7 +138,7 @@ def create_app(server: Server) -> FastAPI:
     )  # fmt: skip
     app.router.route_class = StrictRoute
     app.state.server = server
-    for add in (_add_errors, _add_status, _add_embeddings, _add_search, _add_items, _add_page):
+    for add in (_add_errors, _add_status, _add_embeddings, _add_search, _add_items, _add_images, _add_page):
         add(app, server)
     _complete(app.openapi(), keyed=server.keys is not None)
     for route in app.routes:  # after the document, which need not say that HEAD is GET without its body
@@ -371,17 +371,6 @@ def _add_items(app: FastAPI, server: Server) -> None:
         of the page before, left out. In order of id it may be any id."""
         return _json(await view.read(lambda: view.items(where, sort, after, offset, limit)))
 
-    @app.get("/v1/facets", tags=["items"], response_model=schemas.FacetsOut)
-    async def facets(principal: Caller, view: View) -> Response:
-        """The fields of all items, with ranges and commonest values, to choose filters from."""
-        return _json(await view.read(lambda: view.facets.of(principal.tenant, view.index)))
-
-    @app.post("/v1/pictures", tags=["items"])
-    async def check(asked: schemas.PictureIn, view: View) -> schemas.PictureOut:
-        """Whether an image can be searched with, told by its header; nothing is kept."""
-        width, height = await view.size_of_image(asked.image)
-        return schemas.PictureOut(width=width, height=height)
-
     @app.delete("/items", tags=["items"])
     async def remove(asked: schemas.IdsIn, request: Request, view: View) -> schemas.Deleted:
         """Removes items; ids that are not there do not count."""
@@ -401,6 +390,21 @@ def _add_items(app: FastAPI, server: Server) -> None:
         if not (count := await view.write(lambda: view.delete([id]))):
             raise Refused(404, f"there is no item {id[:80]!r}", "not_found")
         return schemas.Deleted(deleted=count)
+
+
+def _add_images(app: FastAPI, server: Server) -> None:
+    """What the page shows of a collection beside its items."""
+
+    @app.get("/v1/facets", tags=["items"], response_model=schemas.FacetsOut)
+    async def facets(principal: Caller, view: View) -> Response:
+        """The fields of all items, with ranges and commonest values, to choose filters from."""
+        return _json(await view.read(lambda: view.facets.of(principal.tenant, view.index)))
+
+    @app.post("/v1/pictures", tags=["items"])
+    async def check(asked: schemas.PictureIn, view: View) -> schemas.PictureOut:
+        """Whether an image can be searched with, told by its header; nothing is kept."""
+        width, height = await view.size_of_image(asked.image)
+        return schemas.PictureOut(width=width, height=height)
 
     @app.get("/pictures/{name}", tags=["items"], response_class=Response, responses=refusals(404) | OPENAPI["image"])
     async def image(name: str, view: View, side: Annotated[int, Query(ge=16, le=2048)] = 2048) -> Response:

@@ -18,9 +18,9 @@ from traceir.errors import InputError
 from traceir.index.facets import Facet
 from traceir.index.filter_text import as_filter
 from traceir.index.filters import And, Eq, Filter, Glob, In, Leaf, Range, Where, map_leaves
-from traceir.index.pages import Position
+from traceir.index.pages import Position, check_page
 from traceir.index.store import MAX_ID_BYTES, Index, IndexInfo, Stored, Vectors, check_id, check_ids, check_items, check_search
-from traceir.index.words import Term, columns_of, parse_words
+from traceir.index.words import SearchTerm, columns_of, parse_words
 from traceir.items import MODALITIES, Hit, Item, Modality
 from traceir.sources import FILE_FIELD, STAT_FIELD
 
@@ -110,8 +110,9 @@ class TenantIndex:
         return [replace(hit, rank=rank) for rank, hit in enumerate(hits, start=1)]
 
     def browse(self, where: Where = None, *, sort: str = "id", after: Position | None = None, limit: int) -> list[Stored]:
-        check_name(sort.removeprefix("-"))
-        last = None if after is None else (after[0], self._prefix + after[1])
+        page = check_page(sort, after, limit)
+        check_name(page.name)
+        last = None if page.after is None else (page.after[0], self._prefix + page.after[1])
         return list(self._shown(self._index.browse(self._narrow(where), sort=sort, after=last, limit=limit)))
 
     def get(self, ids: Sequence[str], *, with_vectors: bool = False) -> dict[str, Stored]:
@@ -215,7 +216,7 @@ class TenantIndex:
                 yield replace(item, id=item.id[len(self._prefix) :], fields=fields)
 
 
-def score_alone(hits: Sequence[Hit], terms: Sequence[Term], count: int) -> list[Hit]:
+def score_alone(hits: Sequence[Hit], terms: Sequence[SearchTerm], count: int) -> list[Hit]:
     """The hits by BM25, best first, as if an index held nothing but `count` items, of which these are all that match."""
     columns = [columns_of(hit.id, hit.text, hit.fields) for hit in hits]
     counts = [
@@ -235,6 +236,6 @@ def score_alone(hits: Sequence[Hit], terms: Sequence[Term], count: int) -> list[
     return sorted(scored, key=lambda hit: (-hit.score, hit.id))
 
 
-def occurrences(term: Term, words: Sequence[str]) -> int:
+def occurrences(term: SearchTerm, words: Sequence[str]) -> int:
     size = len(term.words)
     return sum(term.is_in(words[start : start + size]) for start in range(len(words) - size + 1))

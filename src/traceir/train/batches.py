@@ -22,7 +22,8 @@ from traceir.batch import IGNORE, Batch, Layout, Processor
 from traceir.data.samples import Example, Schedule
 from traceir.errors import TrainError
 from traceir.items import Item
-from traceir.prompts import EMB, TURN_END, PromptVersion, render_asked, render_candidate, render_offered, render_query
+from traceir.prompts import EMB, TURN_END, PromptVersion, render_candidate, render_query
+from traceir.rerank_prompts import render_asked, render_offered
 
 WIDTHS: Final = 8
 """The padded width of a chunk is a multiple of this."""

@@ -33,7 +33,7 @@ from traceir.data.samples import Schedule, TaskData, read_described, read_pairs,
 from traceir.errors import TrainError
 from traceir.files import write_whole
 from traceir.model import TraceModel, TraceSettings, load, save
-from traceir.prompts import DESCRIBE, RERANK
+from traceir.rerank_prompts import DESCRIBE, RERANK
 from traceir.train.batches import TrainBatches, check_shares
 from traceir.train.config import REMEDY, TrainConfig, begun_in, check, claim, nested_widths, settled
 from traceir.train.gradcache import Reader, recomputing

@@ -300,9 +300,10 @@ export class Composer {
   }
 
   // How often a query whose answer is not here may be shown hits all the same (a rate, 0 for no cut-off, null where the server decides
-  // because it cannot tell for this kind of query), and whether hits are folded.
+  // because it cannot tell for this kind of query, or words alone rank), and whether hits are folded.
   decisionsFor(query) {
-    const cutoff = kindOf(query) in (this.config.cutoff?.background ?? {}) && !browses(query) ? query.cutoff ?? this.ownRate : null;
+    const judges = kindOf(query) in (this.config.cutoff?.background ?? {}) && query.mode !== "keyword" && !browses(query);
+    const cutoff = judges ? query.cutoff ?? this.ownRate : null;
     return { cutoff, fold: query.fold ?? Boolean(this.config.fold) };
   }
 
