@@ -243,6 +243,7 @@ def test_pages_in_any_order_are_what_plain_python_says(
     assert shown == [item.id for item in in_order(passing, sort)]
 
 
+@MILVUS_IS_SLOW
 def test_pages_go_on_behind_what_was_shown_while_items_come_and_go(fresh: Fresh) -> None:
     with opened(fresh()) as index:
         index.upsert([Item.of(text="x", id=f"{n:02}", fields={"n": n // 4, "odd": n % 2}) for n in range(24)], drawn(24, 4))
@@ -309,6 +310,7 @@ def test_words_are_found_in_texts_names_and_fields(fresh: Fresh) -> None:
         assert {hit.id for hit in index.search_keywords("cup 日落", 9)} == {"2024/IMG_2034-beach.JPG", "new"}
 
 
+@MILVUS_IS_SLOW
 def test_a_note_is_kept_and_leaves_the_version(fresh: Fresh) -> None:
     address = fresh()
     with opened(address) as index:
@@ -324,6 +326,7 @@ def test_a_note_is_kept_and_leaves_the_version(fresh: Fresh) -> None:
         assert index.note("roots") == '[{"root": "/ü \'x\'"}]\n' and index.note("other") is None and index.count() == 0
 
 
+@MILVUS_IS_SLOW
 def test_everything_kept_comes_back_after_reopening(fresh: Fresh) -> None:
     address, vector = fresh(), drawn(1, 4)
     fields = {"a": "ä\n", "b": 2**62, "c": 1.5, "d": True, "e": None, "f": -0.0, "g": ["ä", 1, 1.5, True, None]}
@@ -346,6 +349,7 @@ def test_everything_kept_comes_back_after_reopening(fresh: Fresh) -> None:
         assert info.counts == {"image": 1, "image,text": 1} and info.cells == 0
 
 
+@MILVUS_IS_SLOW
 def test_facets_count_the_fields_of_what_passes(fresh: Fresh, monkeypatch: pytest.MonkeyPatch) -> None:
     items = [
         Item.of(text="t", id=f"{'ab'[n % 2]}/deep/{n}", fields={
@@ -374,6 +378,7 @@ def test_facets_count_the_fields_of_what_passes(fresh: Fresh, monkeypatch: pytes
             monkeypatch.setattr("traceir.index.sqlite.COUNTED", 1)  # from here on by a sample, which is all of them
 
 
+@MILVUS_IS_SLOW
 def test_upsert_replaces_and_delete_removes(fresh: Fresh) -> None:
     first, second = unit([1, 0, 0, 0], [0, 1, 0, 0])
     with opened(fresh()) as index:
@@ -400,6 +405,7 @@ def test_each_id_is_new_to_one_of_the_calls_that_bring_it_at_once(fresh: Fresh) 
         assert sorted(pool.map(lambda _: index.delete(["cup", "jug", "jug"]), range(4))) == [0, 0, 0, 2]
 
 
+@MILVUS_IS_SLOW
 def test_hostile_ids_names_and_values_are_only_data(fresh: Fresh) -> None:
     items = [Item.of(text=f"x{text}", id=text, fields={text: text, "n": n}) for n, text in enumerate(HOSTILE)]
     with opened(fresh()) as index:
@@ -438,6 +444,7 @@ MEANINGS: list[tuple[Filter, str]] = [
 ]  # fmt: skip
 
 
+@MILVUS_IS_SLOW
 def test_filters_keep_kinds_and_lists_apart(fresh: Fresh) -> None:
     """Texts, numbers and booleans never mix; a list is found by each of its values."""
     items = [Item.of(text="x", id=f"{n:02}", fields={"v": value}) for n, value in enumerate(SINGLE)]
@@ -488,6 +495,7 @@ REFUSED_VECTORS: list[tuple[Any, str]] = [
 ]  # fmt: skip
 
 
+@MILVUS_IS_SLOW
 def test_what_is_refused_leaves_nothing(fresh: Fresh) -> None:
     with opened(fresh()) as index:
         for described, reason in REFUSED_ITEMS:
@@ -509,6 +517,7 @@ def test_what_is_refused_leaves_nothing(fresh: Fresh) -> None:
             index.count(1.5)
 
 
+@MILVUS_IS_SLOW
 def test_another_model_prompt_or_width_is_refused(fresh: Fresh) -> None:
     address, no_model = fresh(), {"fingerprint": None, "prompt_version": None, "dim": None}
     with pytest.raises(StoreError, match="there is no index at"):
@@ -665,6 +674,7 @@ def test_what_a_killed_writer_acknowledged_is_there(fresh: Fresh, tmp_path: Path
 
 
 @needs_milvus
+@pytest.mark.slow
 def test_what_milvus_cannot_keep_is_refused_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with opened(f"milvus-lite:{tmp_path}/new/limits.db") as index:
         for item, what in (
@@ -694,6 +704,7 @@ def test_what_milvus_cannot_keep_is_refused_before_anything_is_written(tmp_path:
 
 
 @needs_milvus
+@pytest.mark.slow
 def test_foreign_and_damaged_collections_are_named(tmp_path: Path) -> None:
     from pymilvus import MilvusClient
 
@@ -723,6 +734,7 @@ def test_foreign_and_damaged_collections_are_named(tmp_path: Path) -> None:
 
 
 @needs_milvus
+@pytest.mark.slow
 def test_a_collection_from_before_keyword_search_goes_on_and_says_to_copy_it(tmp_path: Path) -> None:
     from pymilvus import DataType, MilvusClient
 

@@ -164,7 +164,9 @@ def test_a_run_that_finds_nothing_to_do_opens_no_file_and_writes_nothing(
     assert into.counts() == {"skipped": 5} and into.index.version() == version
 
 
-def test_a_file_that_changes_within_the_tick_of_its_clock_is_read_again(into: Syncing) -> None:
+def test_a_file_that_changes_within_the_tick_of_its_clock_is_read_again(into: Syncing, monkeypatch: pytest.MonkeyPatch) -> None:
+    for tick in ("FINE_NS", "COARSE_NS"):
+        monkeypatch.setattr(roots, tick, 600 * 10**9)
     path = paint(into.folder / "a.png", 1)
     into()
     assert into.index.get(["a.png"])["a.png"].fields[STAT_FIELD] == f"{path.stat().st_size}:"
