@@ -101,7 +101,7 @@ def encoded(checkpoint: str, data: Path, folder: Path, rows: str | None, limit: 
     for task in choose_tasks(mbeir.find_tasks(data, "test"), rows.split(",") if rows else None, data):
         row = read_row(task, Problems("stop"), Listing(data), limit)
         candidates = embedder.items(row.items, len(row.dids))
-        queries = embedder.queries(lambda row=row: queries_of(row), len(row.records), "auto")  # type: ignore[misc]
+        queries = embedder.queries(lambda row=row: queries_of(row), len(row.records), "auto")
         assert isinstance(candidates, Embeddings) and isinstance(queries, Embeddings)
         right = [row.relevant[record.qid] for record in row.records]
         steps = [row.labels[record.qid].steps for record in row.records]

@@ -90,7 +90,7 @@ def test_parts_that_are_no_filters_and_deep_ones_are_refused() -> None:
     with pytest.raises(InputError, match="16 deep"):
         for _ in range(20):
             deep = Not(deep)
-    for build in (lambda: Not(None), lambda: Range("a"), lambda: Range("a", low=1, above="x"), lambda: Glob("a", 5)):  # type: ignore[arg-type]
+    for build in (lambda: Not(None), lambda: Range("a"), lambda: Range("a", low=1, above="x"), lambda: Glob("a", 5)):
         with pytest.raises(InputError):
             build()
 

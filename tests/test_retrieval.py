@@ -110,7 +110,7 @@ def test_words_alone_need_no_encoder(searcher: Searcher, tmp_path: Path) -> None
             (Query.of(text="cup"), {"mode": "keyword", "cutoff": 0.01}, "a cut-off judges vectors"),
         ):
             with pytest.raises(InputError, match=message):
-                alone.search(asked, **options)  # type: ignore[arg-type]
+                alone.search(asked, **options)
 
 
 def test_both_are_fused_by_reciprocal_rank(searcher: Searcher) -> None:
@@ -163,7 +163,7 @@ def test_a_word_with_digits_is_there_in_one_of_its_forms(searcher: Searcher) -> 
     shelf(searcher.index, dict.fromkeys(texts, 0.0), "img2034 red", **texts)
     searcher.calibrate([Query.of(text=f"background {n}") for n in range(100)])
     for asked in ("img2034 red -now", "img20* red -now"):
-        pages = [searcher.search(asked, mode=mode, cutoff=rate) for mode, rate in (("keyword", None), ("hybrid", 0.05))]  # type: ignore[arg-type]
+        pages = [searcher.search(asked, mode=mode, cutoff=rate) for mode, rate in (("keyword", None), ("hybrid", 0.05))]
         by_words = [{hit.id for hit in page.hits if "keyword" in hit.scores} for page in pages]
         both, either = {"IMG-2034.JPG", "b"}, {"IMG-2034.JPG", "b", "c", "d"}
         assert set(ids(pages[0])[:2]) == both if "*" not in asked else {"b", "IMG-2034.JPG"} >= by_words[1] >= {"b"}
@@ -194,7 +194,7 @@ def test_terms_move_the_query(searcher: Searcher) -> None:
         ([(-1, "cup")], "cancel the query out"), ([(11, "hat")], "from -10 to 10"), ([(float("nan"), "hat")], "weight of a term"),
     ):  # fmt: skip
         with pytest.raises(InputError, match=message):
-            searcher.search("cup", terms=terms)  # type: ignore[arg-type]
+            searcher.search("cup", terms=terms)
 
 
 # Folding

@@ -319,7 +319,7 @@ def test_a_file_of_many_items_is_complete_or_read_again(into: Syncing, old: None
             raise KeyboardInterrupt
         return encode(into.encoder, items)
 
-    into.encoder.encode_items = stop  # type: ignore[method-assign]
+    into.encoder.encode_items = stop
     with pytest.raises(KeyboardInterrupt):
         into(batch=2)
     partly = into.index.count()

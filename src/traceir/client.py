@@ -14,7 +14,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields, replace
 from functools import cached_property, partial
-from typing import Any, Final, Literal, TypeVar
+from typing import Any, Final, Literal, TypeVar, cast
 from urllib.parse import quote
 
 import numpy as np
@@ -349,7 +349,7 @@ def _encoding(entry: Any) -> Encoding:
 def _read(kind: type[Read], entry: Any) -> Read:
     """A dataclass from the fields of the same names of a JSON object; ModelError where it has not those that are needed."""
     try:
-        declared = fields(kind)  # type: ignore[arg-type]  # always a dataclass
+        declared = fields(cast(Any, kind))  # always a dataclass
         wanted = {field.name: field.default is MISSING and field.default_factory is MISSING for field in declared}
         return kind(**{name: entry[name] for name, needed in wanted.items() if needed or name in entry})
     except (KeyError, TypeError) as error:

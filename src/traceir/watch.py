@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from threading import Event, Lock
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, cast
 
 from traceir.errors import InputError, TraceError
 from traceir.index.store import Index
@@ -137,11 +137,12 @@ def _observer() -> BaseObserver:
 def _start(observer: BaseObserver, folders: Sequence[str], touched: TouchedPaths) -> None:
     from watchdog import events
 
+    handler = cast(events.FileSystemEventHandler, touched)  # of which watchdog calls `dispatch` alone
     names = ("FileCreated", "FileModified", "FileMoved", "FileDeleted", "DirCreated", "DirMoved", "DirDeleted")
     kinds = [getattr(events, f"{name}Event") for name in names]
     try:
         for folder in folders:
-            observer.schedule(touched, folder, recursive=True, event_filter=kinds)  # type: ignore[arg-type]  # it is only dispatched to
+            observer.schedule(handler, folder, recursive=True, event_filter=kinds)
         observer.start()
     except OSError as error:
         remedy = "raise fs.inotify.max_user_watches, or use --watch-every SECONDS"

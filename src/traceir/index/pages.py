@@ -9,7 +9,7 @@ from typing import Any, Final, Protocol
 import numpy as np
 
 from traceir.errors import InputError
-from traceir.index.filters import Kind, is_list, is_value, kind_of, shown
+from traceir.index.filters import Kind, is_value, kind_of, shown
 from traceir.items import Modality, Scalar, Value
 
 Position = tuple[Scalar, str]
@@ -57,7 +57,7 @@ def position_of(item: Placed, sort: str) -> Position:
     """Where this item stands in an order; with it as `after`, a page begins behind the item."""
     name = sort.removeprefix("-")
     value = item.id if name == "id" else item.modality if name == "modality" else item.fields.get(name)
-    return None if is_list(value) else value, item.id  # type: ignore[return-value]
+    return value if isinstance(value, str | int | float) else None, item.id
 
 
 def order_page(positions: Iterable[Position], page: Page) -> list[Position]:

@@ -13,9 +13,9 @@ import struct
 import warnings
 from collections.abc import Mapping
 from datetime import datetime
-from typing import Any, Final
+from typing import Any, Final, cast
 
-from PIL import Image, IptcImagePlugin
+from PIL import Image, ImageFile, IptcImagePlugin
 
 Fields = dict[str, str | int | float]
 _WIDTH, _MAKE, _MODEL, _ORIENTATION, _DATE, _EXIF, _GPS, _XMP = 0x0100, 0x010F, 0x0110, 0x0112, 0x0132, 0x8769, 0x8825, 0x02BC
@@ -141,7 +141,7 @@ def _place(image: Image.Image, exif: Image.Exif) -> Fields:
     matches = [form.search(text[:_MAX_XMP]) for form in _XMP_PLACE]
     names = [html.unescape(match[1] or match[2]) if match else "" for match in matches]
     if not any(names) and image.format == "JPEG" and "photoshop" in image.info:
-        iptc: Mapping[tuple[int, int], Any] = IptcImagePlugin.getiptcinfo(image) or {}  # type: ignore[arg-type]
+        iptc: Mapping[tuple[int, int], Any] = IptcImagePlugin.getiptcinfo(cast(ImageFile.ImageFile, image)) or {}
         names = [_text(iptc.get(tag)) for tag in (_CITY, _COUNTRY)]
     place = ", ".join(filter(None, map(_text, names)))
     return {"place": place} if place else {}
