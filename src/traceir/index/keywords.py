@@ -16,7 +16,7 @@ from typing import Final
 from traceir.index import store
 from traceir.index.filters import Filter
 from traceir.index.sql import COLUMNS, compile_filter, read_counter, read_number
-from traceir.index.words import KeywordQuery, SearchTerm, columns_of
+from traceir.index.words import WEIGHTS, KeywordQuery, SearchTerm, columns_of
 from traceir.items import Modality
 
 CHUNK: Final = 1_000
@@ -26,7 +26,7 @@ _SMALL: Final = 1_000
 """Rows below which it is not worth while to make the table anew."""
 _TABLE: Final = "CREATE VIRTUAL TABLE IF NOT EXISTS words USING fts5(text, name, fields, content='', tokenize='ascii')"
 """Words come cut and folded by `cut_words`, parted by spaces; `ascii` parts at nothing else."""
-_WEIGHTS: Final = "1.0, 0.5, 0.5"
+_WEIGHTS: Final = ", ".join(map(str, WEIGHTS))
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,6 +21,8 @@ from traceir.items import Value
 
 MAX_TERMS: Final = 64
 MAX_QUERY: Final = 4_096
+WEIGHTS: Final = (1.0, 0.5, 0.5)
+"""What a word counts in a text, a name, and a field."""
 """So many words and phrases, and characters, of a query are looked for; what is further on is ignored."""
 _MAX_LENGTH: Final = 64
 _ASCII_WORD: Final = re.compile("[a-z0-9]+")

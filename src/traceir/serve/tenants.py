@@ -20,7 +20,7 @@ from traceir.index.filter_text import as_filter
 from traceir.index.filters import And, Eq, Filter, Glob, In, Leaf, Range, Where, map_leaves
 from traceir.index.pages import Position, check_page
 from traceir.index.store import MAX_ID_BYTES, Index, IndexInfo, Stored, Vectors, check_id, check_ids, check_items, check_search
-from traceir.index.words import SearchTerm, columns_of, parse_words
+from traceir.index.words import WEIGHTS, SearchTerm, columns_of, parse_words
 from traceir.items import MODALITIES, Hit, Item, Modality
 from traceir.sources import FILE_FIELD, STAT_FIELD
 
@@ -31,7 +31,6 @@ _NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}")
 MATCHES: Final = 2_000
 _K1: Final = 1.2
 _B: Final = 0.75
-_WEIGHTS: Final = (1.0, 0.5, 0.5)  # of text, name and fields
 T = TypeVar("T")
 K = TypeVar("K", Stored, Hit)
 
@@ -220,7 +219,7 @@ def score_alone(hits: Sequence[Hit], terms: Sequence[SearchTerm], count: int) ->
     """The hits by BM25, best first, as if an index held nothing but `count` items, of which these are all that match."""
     columns = [columns_of(hit.id, hit.text, hit.fields) for hit in hits]
     counts = [
-        [sum(weight * occurrences(term, words) for weight, words in zip(_WEIGHTS, own, strict=True)) for term in terms]
+        [sum(weight * occurrences(term, words) for weight, words in zip(WEIGHTS, own, strict=True)) for term in terms]
         for own in columns
     ]
     lengths = [sum(map(len, own)) for own in columns]
