@@ -21,9 +21,9 @@ from traceir.items import Value
 
 MAX_TERMS: Final = 64
 MAX_QUERY: Final = 4_096
+"""So many words and phrases, and characters, of a query are looked for; what is further on is ignored."""
 WEIGHTS: Final = (1.0, 0.5, 0.5)
 """What a word counts in a text, a name, and a field."""
-"""So many words and phrases, and characters, of a query are looked for; what is further on is ignored."""
 _MAX_LENGTH: Final = 64
 _ASCII_WORD: Final = re.compile("[a-z0-9]+")
 _KANA_AND_HAN: Final = "\u3005-\u3007\u3041-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
