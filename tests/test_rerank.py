@@ -315,7 +315,12 @@ def test_candidates_are_described_by_the_answers_of_their_queries(folder: Path) 
     assert {"cirr_task7", "infoseek_task6"} <= {task.name for task in tasks}
 
 
-def test_the_bundled_reranker_belongs_to_the_bundled_model(encoder: Encoder) -> None:
+def test_the_bundled_reranker_belongs_to_the_bundled_model(
+    encoder: Encoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "mini").mkdir()  # what happens to be called like its base, from where the command is given
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "a" / "b")
     reranker = load_reranker("trace", encoder)
     assert isinstance(reranker, TraceReranker) and reranker.base == encoder.fingerprint and reranker.name == "trace"
     assert reranker.model.settings.rerank == "describe-1" and isinstance(reranker.model.network, Network)

@@ -103,7 +103,7 @@ def save_adapter(
 
     `state` are the network's weights by name where the network in memory holds only a part of them.
     """
-    folder = local_base(base, Path(target))
+    folder = Path(base) if Path(base).is_dir() else local_base(base, Path(target))
     known = Base(base, f"{HUB}{fingerprint(fetch(base))}" if folder is None else weights_fingerprint(folder))
     with replacing_folder(Path(target)) as fresh:
         adapter.peft_config["default"].base_model_name_or_path = base
@@ -169,8 +169,8 @@ def foreign_base(folder: Path) -> str:
 
 
 def local_base(source: str, folder: Path) -> Path | None:
-    """The base as a folder: from the working directory, else from the adapter folder; None where there is none."""
-    folders = (Path(source), folder / source)
+    """The base as a folder: from the adapter folder, else from the working directory; None where there is none."""
+    folders = (folder / source, Path(source))
     return next((path for path in folders if path.is_dir() and path.resolve() != folder.resolve()), None)
 
 
