@@ -131,9 +131,8 @@ def load_reranker(name: str = OWN, encoder: ModelIdentity | None = None, *, devi
     """The reranker of that name.
 
     `trace`: the adapter that comes with the bundled model, where that is the one of `encoder` or none is given; else the model of
-    `encoder` itself. A TRACE
-    checkpoint, an adapter over one, or a Qwen-VL: a TraceReranker. `st:NAME`, and any other folder or hub id: a CrossEncoder.
-    Only safetensors are loaded, and no code that comes with a model. Raises ModelError.
+    `encoder` itself. A TRACE checkpoint, an adapter over one, or a Qwen-VL: a TraceReranker. `st:NAME`, and any other folder or
+    hub id: a CrossEncoder. Only safetensors are loaded, and no code that comes with a model. Raises ModelError.
     """
     if name == OWN:
         folder = bundled_model() / "rerank"
