@@ -54,6 +54,13 @@ FORKS.set_forkserver_preload(["traceir.train.train"])
 WORDS = "query text find image candidate user assistant a red green blue cube ball cone left middle make one then".split()
 
 
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Where slow tests are left out, a file that has no others is not imported: some packages take seconds."""
+    if config.option.markexpr != "not slow" or collection_path.suffix != ".py":
+        return None
+    return True if "\npytestmark = pytest.mark.slow\n" in collection_path.read_text(encoding="utf-8") else None
+
+
 def in_loop(test: Callable[..., Coroutine[Any, Any, None]]) -> Callable[..., None]:
     """Makes a test of a coroutine, which has a minute."""
 

@@ -109,7 +109,7 @@ IMAGES = ("clip", "old-clip", "siglip", "qwen")
 EVERY = (*IMAGES, "bert", "gemma")
 
 
-@pytest.mark.parametrize("kind", EVERY)
+@pytest.mark.parametrize("kind", ("clip", *(pytest.param(kind, marks=pytest.mark.slow) for kind in EVERY[1:])))
 def test_the_command_line_gives_the_library_s_vectors(
     kind: str, models: Path, gallery: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -132,7 +132,7 @@ def test_the_command_line_gives_the_library_s_vectors(
     assert far([scores[name] for name in inputs], wanted @ queries_of(own, [TEXT])[0]) < 1e-5
 
 
-@pytest.mark.parametrize("kind", ("clip", "gemma"))
+@pytest.mark.parametrize("kind", ("clip", pytest.param("gemma", marks=pytest.mark.slow)))
 def test_the_server_gives_the_library_s_vectors(kind: str, models: Path, gallery: Path, tmp_path: Path) -> None:
     encoder, own = both_of(models / kind)
     run("index", "add", gallery, "--index", tmp_path / "index", "--model", models / kind)

@@ -31,6 +31,8 @@ from traceir.evaluation.mteb_model import TraceEncoder
 from traceir.images import ImageInput
 from traceir.items import Item, Query
 
+pytestmark = pytest.mark.slow
+
 TASKS = str(Path(drawn.__file__))
 NAME = ("--name", "local/mini")
 Verb = Callable[..., int]
@@ -70,7 +72,6 @@ def scored(verb: Verb, tmp_path_factory: pytest.TempPathFactory) -> Scored:
     return Scored(out, code, output.getvalue(), errors.getvalue(), json.loads((out / "results.json").read_text()))
 
 
-@pytest.mark.slow
 def test_the_drawn_tasks_are_of_every_class_type_and_side_that_mieb_has() -> None:
     def kinds(tasks: list[Any]) -> tuple[set[Any], set[str], set[str]]:
         classes = {next(base for base in type(task).__mro__ if base.__name__.startswith("AbsTask")) for task in tasks}
@@ -85,7 +86,6 @@ def test_the_drawn_tasks_are_of_every_class_type_and_side_that_mieb_has() -> Non
         mteb_run.choose_tasks(["MIEB(light)"], [])
 
 
-@pytest.mark.slow
 def test_every_kind_is_scored_the_rest_is_named_and_nothing_is_scored_twice(
     scored: Scored, verb: Verb, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -119,7 +119,6 @@ def vectors(encoder: Encoder, contents: list[Any]) -> np.ndarray:
     return np.stack([encoder.encode_items([item])[0].vector for item in made])
 
 
-@pytest.mark.slow
 def test_scores_by_hand(encoder: Encoder, scored: Scored) -> None:
     labels = vectors(encoder, drawn.DrawnZeroShot().get_candidate_labels())
     best = (vectors(encoder, [drawn.draw(n) for n in range(16)]) @ labels.T).argmax(1)
@@ -146,7 +145,6 @@ def test_scores_by_hand(encoder: Encoder, scored: Scored) -> None:
     assert scored["DrawnChoice"] == pytest.approx(np.mean(right)) and 0 < np.mean(right) < 1
 
 
-@pytest.mark.slow
 def test_the_size_of_batches_changes_no_score(encoder: Encoder, scored: Scored, tmp_path: Path) -> None:
     """A wrapper of another model moved EDIR's R@1 from 34.6 to 46.1 by it (mteb's pull request 5247)."""
     names = ["DrawnZeroShot", "DrawnSTS", "DrawnPairs", "DrawnIT2IT", "DrawnChoice"]
@@ -196,7 +194,6 @@ def test_queries_alone_have_the_tasks_prompt_and_route(tmp_path: Path) -> None:
     assert {(query.instruction, query.target) for query in both.asked} == {("Find an image of the same colour.", "image")}
 
 
-@pytest.mark.slow
 def test_a_killed_run_goes_on_behind_what_is_scored(
     verb: Verb, scored: Scored, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -249,7 +246,6 @@ def test_scores_of_other_templates_or_budgets_are_not_taken_for_these(tmp_path: 
     assert states == ["scored", "scored", "scored", "kept"]
 
 
-@pytest.mark.slow
 def test_mteb_reads_the_results_and_means_the_same(encoder: Encoder, scored: Scored, monkeypatch: pytest.MonkeyPatch) -> None:
     (model,) = ResultCache(scored.out).load_results(models=["local/mini"]).model_results
     assert model.model_name == "local/mini" and model.model_revision.startswith(f"{encoder.fingerprint}-")
