@@ -24,8 +24,8 @@ from typing import Any, Final
 import numpy as np
 from PIL import Image, ImageDraw
 
+from traceir.collection.sources import Failure, Note, Source, find_sources
 from traceir.errors import TraceError
-from traceir.sources import Failure, Note, Source, find_sources
 
 EPILOGUE: Final = "The table is written by `python -m benchmarks.files --markdown docs/results/files.md`."
 _BYTE, _ASCII, _SHORT, _LONG, _RATIO, _SIGNED = 1, 2, 3, 4, 5, 10

@@ -32,11 +32,11 @@ from typing import Any, Final
 import numpy as np
 from PIL import Image
 
+from traceir.collection.sync import SyncReport, sync
 from traceir.index import open_index
 from traceir.items import Encoding, Item, Query, Route, Vector
 from traceir.library import load_encoder
 from traceir.search import EncoderLike
-from traceir.sync import SyncReport, sync
 
 WIDTH: Final = 256
 FOLDER: Final = 1000

@@ -19,14 +19,14 @@ import pytest
 from fakes import FakeEncoder, vector_of
 from PIL import Image
 
+from traceir.collection.ingest import AddReport, add
+from traceir.collection.records import MAX_TEXT_BYTES
+from traceir.collection.sources import FILE_FIELD, STAT_FIELD, Failure, Source, find_sources
 from traceir.errors import InputError
 from traceir.images import ImageInput
 from traceir.index import Eq, SqliteIndex, open_index
 from traceir.index.sql import read_number
-from traceir.ingest import AddReport, add
 from traceir.items import Item
-from traceir.records import MAX_TEXT_BYTES
-from traceir.sources import FILE_FIELD, STAT_FIELD, Failure, Source, find_sources
 
 
 def opened(folder: Path) -> SqliteIndex:
@@ -348,7 +348,7 @@ CHILD = """
 import sys
 from fakes import FakeEncoder
 from traceir.index import open_index
-from traceir.ingest import add
+from traceir.collection.ingest import add
 
 source, folder = sys.argv[1:]
 with open_index(folder, fingerprint="fake-1", prompt_version="p1", dim=16, create=True) as index:

@@ -18,15 +18,15 @@ from PIL import Image
 from test_ingest import counts, lines, opened
 
 from traceir.cli.main import main
+from traceir.collection.ingest import AddReport, add
+from traceir.collection.ingest_cluster import MOST_STARTS, ItemWorker, add_on_ray, describe_encoder
+from traceir.collection.sources import find_batches, find_sources
 from traceir.errors import InputError, ModelError
 from traceir.index import SqliteIndex, open_index
-from traceir.ingest import AddReport, add
-from traceir.ingest_cluster import MOST_STARTS, ItemWorker, add_on_ray, describe_encoder
 from traceir.items import Encoding, Item
 from traceir.library import load_encoder
 from traceir.ray_session import Share, on_ray
 from traceir.search import EncoderLike
-from traceir.sources import find_batches, find_sources
 
 TESTS = Path(__file__).parent
 PATHS = os.pathsep.join([str(TESTS), str(TESTS.parent / "src")])
@@ -136,7 +136,7 @@ class TestOnWorkers:
     def test_two_workers_fill_an_index_as_one_process_does(
         self, shelf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr("traceir.roots.FINE_NS", 0)  # how new a file is plays no part
+        monkeypatch.setattr("traceir.collection.roots.FINE_NS", 0)  # how new a file is plays no part
         paths = [shelf, shelf / "lines.jsonl"]
         with opened(tmp_path / "one") as alone, opened(tmp_path / "two") as two:
             for expected in ((27, 0, 0, 9), (0, 3, 24, 8)):

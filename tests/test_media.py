@@ -19,10 +19,11 @@ from PIL import Image
 from tiffs import encode
 
 from benchmarks.files import dng, encrypted_pdf, exif, make, pdf, picture, saved, video
+from traceir.collection.ingest import AddReport, add
+from traceir.collection.sources import FILE_FIELD, STAT_FIELD, Failure, Source, find_sources, readable_suffixes, sources_of_file
 from traceir.errors import ImageError
 from traceir.images import ImageInput, ImageLimits
 from traceir.index import open_index
-from traceir.ingest import AddReport, add
 from traceir.items import Item
 from traceir.media import pdf as pdf_module
 from traceir.media import raw
@@ -30,7 +31,6 @@ from traceir.media import video as video_module
 from traceir.media.metadata import image_fields, video_fields
 from traceir.media.part import file_of
 from traceir.serve.uploads import LIMITS, UploadValidator, as_jpeg, image_in_folders, without_paths
-from traceir.sources import FILE_FIELD, STAT_FIELD, Failure, Source, find_sources, readable_suffixes, sources_of_file
 
 TAKEN = {"date": "2024-05-17T18:03:21+02:00", "camera": "Apple iPhone 15 Pro", "latitude": 59.914, "longitude": 10.752}
 SMALL, CLOCKWISE = (64, 48), Image.Transpose.ROTATE_270

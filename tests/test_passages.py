@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from traceir.passages import WORDS, passages
-from traceir.sources import FILE_FIELD, STAT_FIELD, Failure, Source, sources_of_file
+from traceir.collection.passages import WORDS, passages
+from traceir.collection.sources import FILE_FIELD, STAT_FIELD, Failure, Source, sources_of_file
 
 
 def sentence(number: int, words: int = 14) -> str:

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from traceir.records import Failure, FileRecord, Note
-from traceir.records import read_records as read
-from traceir.sources import Source, find_sources
+from traceir.collection.records import Failure, FileRecord, Note
+from traceir.collection.records import read_records as read
+from traceir.collection.sources import Source, find_sources
 
 
 def table(folder: Path, data: str | bytes, name: str = "t.csv") -> Path:

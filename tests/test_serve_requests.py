@@ -22,13 +22,14 @@ from conftest import image_of
 from PIL import Image
 from starlette.testclient import TestClient
 
+from traceir.collection.ingest import add
+from traceir.collection.sources import FILE_FIELD
 from traceir.cursor import MAX_SHOWN
 from traceir.encoder import Encoder
 from traceir.images import ImageInput
 from traceir.index import filters, open_index
 from traceir.index.filters import MAX_NAME_BYTES
 from traceir.index.store import MAX_ID_BYTES
-from traceir.ingest import add
 from traceir.items import Item, Query
 from traceir.retrieval import MAX_WEIGHT
 from traceir.search import Searcher
@@ -38,7 +39,6 @@ from traceir.serve.keys import make_key, revoke_key
 from traceir.serve.run import ServeConfig, make_application, make_server
 from traceir.serve.scheduler import Scheduler
 from traceir.serve.uploads import ImageFolder
-from traceir.sources import FILE_FIELD
 
 LONG = "a red ring and a blue ball. " * 1500
 """42,000 characters, more than the model reads."""

@@ -24,17 +24,17 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 from PIL import Image
 
-from traceir import roots
-from traceir import sync as sync_module
 from traceir.cli import index_verbs
 from traceir.cli.main import main
+from traceir.collection import roots
+from traceir.collection import sync as sync_module
+from traceir.collection.ingest import add
+from traceir.collection.sources import FILE_FIELD, STAT_FIELD
+from traceir.collection.sync import SyncReport, sync, sync_paths
+from traceir.collection.watch import watch
 from traceir.errors import InputError, TraceError
 from traceir.index import SqliteIndex, open_index
-from traceir.ingest import add
 from traceir.items import Item
-from traceir.sources import FILE_FIELD, STAT_FIELD
-from traceir.sync import SyncReport, sync, sync_paths
-from traceir.watch import watch
 
 Command = Callable[..., tuple[int, str, str]]
 
@@ -283,7 +283,7 @@ def test_what_cannot_be_read_is_told_each_time_and_read_again_only_when_it_has_c
     with monkeypatch.context() as patch:
         patch.setattr(sync_module, "sources_of_file", None)
         assert into().failed == first
-        patch.setattr("traceir.failures.OPTIONAL", ("json",))  # what reads more files
+        patch.setattr("traceir.collection.failures.OPTIONAL", ("json",))  # what reads more files
         with pytest.raises(TypeError):
             into()
     paint(into.folder / "bad.png", 3)
@@ -432,7 +432,7 @@ def test_nothing_to_encode_loads_no_model(into: Syncing, command: Command, monke
 
 @pytest.mark.slow
 def test_what_happens_is_followed_until_it_is_stopped(into: Syncing, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("traceir.watch.QUIET_S", 0.3)
+    monkeypatch.setattr("traceir.collection.watch.QUIET_S", 0.3)
     paint(into.folder / "a.png", 1)
     into()
     stop, told = threading.Event(), list[SyncReport | TraceError]()

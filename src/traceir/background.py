@@ -14,10 +14,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
+from traceir.collection.sources import Failure, Source, find_sources
 from traceir.errors import InputError
 from traceir.items import Query
 from traceir.outside import lines_of
-from traceir.sources import Failure, Source, find_sources
 
 COUNT: Final = 2000
 """Queries: enough for a rate of 1 in 1000 over two modalities."""

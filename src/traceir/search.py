@@ -80,7 +80,7 @@ class Searcher:
         return self._encoder
 
     def add(self, items: Sequence[Item]) -> None:
-        """Encodes items and keeps them, durably; those whose ids are there already are replaced. Files: `traceir.ingest.add`."""
+        """Encodes items and keeps them, durably; those whose ids are there are replaced. Files: `collection/ingest.py`."""
         if items:
             self.index.check(items)
             self.index.upsert(items, np.stack([encoding.vector for encoding in self.encoder.encode_items(items)]))

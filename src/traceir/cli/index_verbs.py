@@ -15,7 +15,6 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Final
 
-from traceir import ingest
 from traceir.background import choose_queries
 from traceir.checkpoint import plain_name
 from traceir.cli.terminal import (
@@ -29,6 +28,14 @@ from traceir.cli.terminal import (
     say,
     shows_progress,
 )
+from traceir.collection import ingest
+from traceir.collection.ingest_cluster import add_on_ray, describe_encoder
+from traceir.collection.records import Failure
+from traceir.collection.roots import Roots
+from traceir.collection.sources import FILE_FIELD, STAT_FIELD
+from traceir.collection.sync import SyncReport, below, check_folders
+from traceir.collection.sync import sync as sync_index
+from traceir.collection.watch import watch
 from traceir.errors import InputError, StoreError, TraceError
 from traceir.index import And, Filter, Index, IndexInfo, Stored, open_index
 from traceir.index import copy as index_copy
@@ -36,17 +43,10 @@ from traceir.index.filter_text import as_filter
 from traceir.index.filters import Glob, Or
 from traceir.index.pages import position_of
 from traceir.index.store import ModelIdentity, Opening
-from traceir.ingest_cluster import add_on_ray, describe_encoder
 from traceir.items import MODALITIES, Encoding, Item, Query, Route
 from traceir.media.part import file_of
 from traceir.ray_session import Share, on_ray
-from traceir.records import Failure
-from traceir.roots import Roots
 from traceir.search import EncoderLike, Searcher
-from traceir.sources import FILE_FIELD, STAT_FIELD
-from traceir.sync import SyncReport, below, check_folders
-from traceir.sync import sync as sync_index
-from traceir.watch import watch
 from traceir.world import World
 
 _AT_ONCE: Final = 1000

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, NamedTuple
 
+from traceir.collection.ingest import AddReport, add
 from traceir.data import mbeir
 from traceir.errors import DataError
 from traceir.files import write_whole
 from traceir.index import SqliteIndex, open_index
-from traceir.ingest import AddReport, add
 from traceir.items import Query
 from traceir.lab.fixture import unpack
 from traceir.lab.gallery import Entry, cost, reasoning_steps, verdict, write_gallery

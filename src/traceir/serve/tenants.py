@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Final, TypeVar
 
+from traceir.collection.sources import FILE_FIELD, STAT_FIELD
 from traceir.errors import InputError
 from traceir.index.facets import Facet
 from traceir.index.filter_text import as_filter
@@ -22,7 +23,6 @@ from traceir.index.pages import Position, check_page
 from traceir.index.store import MAX_ID_BYTES, Index, IndexInfo, Stored, Vectors, check_id, check_ids, check_items, check_search
 from traceir.index.words import WEIGHTS, SearchTerm, columns_of, parse_words
 from traceir.items import MODALITIES, Hit, Item, Modality
-from traceir.sources import FILE_FIELD, STAT_FIELD
 
 FIELD: Final = "_tenant"
 OWN_FIELDS: Final = frozenset({FIELD, FILE_FIELD, STAT_FIELD})  # that no caller may set, ask for, or see

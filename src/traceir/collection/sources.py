@@ -13,6 +13,19 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final, Literal
 
+from traceir.collection.passages import passages
+from traceir.collection.records import (
+    LINES_SUFFIXES,
+    TABLE_SUFFIXES,
+    TEXT_NAMES,
+    FileRecord,
+    other_encoding,
+    read_records,
+    text_or_none,
+)
+from traceir.collection.records import Failure as Failure
+from traceir.collection.records import Note as Note
+from traceir.collection.roots import file_path, settled_stat
 from traceir.errors import ImageError, InputError
 from traceir.images import SUFFIXES as IMAGE_SUFFIXES
 from traceir.images import ImageInput
@@ -23,11 +36,6 @@ from traceir.media.part import PDF_SUFFIXES, FilePart, part_of
 from traceir.media.pdf import page_text, read_document
 from traceir.media.video import SUFFIXES as VIDEO_SUFFIXES
 from traceir.media.video import read_video
-from traceir.passages import passages
-from traceir.records import LINES_SUFFIXES, TABLE_SUFFIXES, TEXT_NAMES, FileRecord, other_encoding, read_records, text_or_none
-from traceir.records import Failure as Failure
-from traceir.records import Note as Note
-from traceir.roots import file_path, settled_stat
 
 TEXT_SUFFIXES: Final = frozenset({".txt", ".md"})
 RECORD_SUFFIXES: Final = LINES_SUFFIXES | TABLE_SUFFIXES

@@ -13,14 +13,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
+from traceir.collection.ingest import AddReport, Processed, check_paths, find_in_roots, keep, process, progress_bar
+from traceir.collection.sources import Source, SourceBatch, find_batches
 from traceir.errors import InputError, ModelError, TraceError
 from traceir.index.copy import Copied
 from traceir.index.store import Index, IndexInfo, Opening, Stored, image_of
-from traceir.ingest import AddReport, Processed, check_paths, find_in_roots, keep, process, progress_bar
 from traceir.items import Item, Vector
 from traceir.ray_session import ONE_CPU, Share, on_ray
 from traceir.search import EncoderLike
-from traceir.sources import Source, SourceBatch, find_batches
 from traceir.world import World
 
 MakeEncoder = Callable[[], EncoderLike]

@@ -9,10 +9,10 @@ from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 
+from traceir.collection.records import Failure, Note
+from traceir.collection.roots import is_below, stat_text
+from traceir.collection.sources import readable_suffixes
 from traceir.index.sqlite import FILE_NAME
-from traceir.records import Failure, Note
-from traceir.roots import is_below, stat_text
-from traceir.sources import readable_suffixes
 
 
 @dataclass(slots=True)

@@ -21,18 +21,18 @@ from typing import Final, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
+from traceir.collection.failures import keep_failures, read_failures
+from traceir.collection.ingest import AddReport, Processed, keep, process
+from traceir.collection.listing import is_there, list_files, outermost, read_ahead
+from traceir.collection.records import Failure, Note
+from traceir.collection.roots import Root, Roots, is_below, settled_stat
+from traceir.collection.sources import FILE_FIELD, STAT_FIELD, Source, SourceBatch, readable_suffixes, sources_of_file
 from traceir.errors import InputError
-from traceir.failures import keep_failures, read_failures
 from traceir.index.copy import Copied
 from traceir.index.filters import Eq, Range, is_value
 from traceir.index.store import Index, Stored
-from traceir.ingest import AddReport, Processed, keep, process
 from traceir.items import Item, Vector
-from traceir.listing import is_there, list_files, outermost, read_ahead
-from traceir.records import Failure, Note
-from traceir.roots import Root, Roots, is_below, settled_stat
 from traceir.search import EncoderLike
-from traceir.sources import FILE_FIELD, STAT_FIELD, Source, SourceBatch, readable_suffixes, sources_of_file
 
 MOST_LOST: Final = 100
 """So many files of a root may go without a question, and of a larger one half."""

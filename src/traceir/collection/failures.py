@@ -10,8 +10,8 @@ from itertools import count, takewhile
 from typing import Final
 
 from traceir import __version__
+from traceir.collection.records import Failure
 from traceir.index.store import MAX_NOTE_BYTES, Index
-from traceir.records import Failure
 
 Failures = dict[str, tuple[str, list[Failure]]]
 """By path: the stat of a file, and what could not be made of it."""

@@ -15,14 +15,9 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from traceir.errors import ImageError, InputError, ModelError
-from traceir.index.filters import same_fields
-from traceir.index.store import Index, Stored, check_items, image_of
-from traceir.items import Item, Vector
-from traceir.records import Failure, Note
-from traceir.roots import Roots
-from traceir.search import EncoderLike, text_cut
-from traceir.sources import (
+from traceir.collection.records import Failure, Note
+from traceir.collection.roots import Roots
+from traceir.collection.sources import (
     FILE_FIELD,
     STAT_FIELD,
     Source,
@@ -31,6 +26,11 @@ from traceir.sources import (
     find_batches,
     find_sources,
 )
+from traceir.errors import ImageError, InputError, ModelError
+from traceir.index.filters import same_fields
+from traceir.index.store import Index, Stored, check_items, image_of
+from traceir.items import Item, Vector
+from traceir.search import EncoderLike, text_cut
 
 
 @dataclass(slots=True)

@@ -14,11 +14,11 @@ from pathlib import Path
 from threading import Event, Lock
 from typing import TYPE_CHECKING, Any, Final, cast
 
+from traceir.collection.sources import readable_suffixes
+from traceir.collection.sync import SyncReport, sync_paths
 from traceir.errors import InputError, TraceError
 from traceir.index.store import Index
 from traceir.search import EncoderLike
-from traceir.sources import readable_suffixes
-from traceir.sync import SyncReport, sync_paths
 
 if TYPE_CHECKING:
     from watchdog.observers.api import BaseObserver
