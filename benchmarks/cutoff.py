@@ -25,7 +25,6 @@ import torch
 
 from traceir.background import choose_queries
 from traceir.checkpoint import bundled_model
-from traceir.cutoff import thresholds
 from traceir.data import mbeir
 from traceir.data.folder import Listing, Problems, Row, read_row
 from traceir.encoder import Encoder
@@ -34,6 +33,7 @@ from traceir.evaluation.embeddings import Embedder
 from traceir.evaluation.results import describe_machine
 from traceir.images import ImageInput
 from traceir.items import Modality, Query, Route
+from traceir.retrieval.cutoff import thresholds
 
 Scores = npt.NDArray[np.float32]
 RATE: Final = 0.01

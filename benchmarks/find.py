@@ -28,12 +28,12 @@ from traceir.checkpoint import bundled_model
 from traceir.data import mbeir
 from traceir.encoder import Encoder
 from traceir.evaluation.results import describe_machine
-from traceir.folding import BURST, SAME
 from traceir.images import ImageInput
 from traceir.index import open_index
 from traceir.items import Encoding, Item, Query, Route
-from traceir.retrieval import MODES
-from traceir.search import Searcher
+from traceir.retrieval.folding import BURST, SAME
+from traceir.retrieval.pipeline import MODES
+from traceir.retrieval.search import Searcher
 
 ROWS: Final = ("webqa_task1", "webqa_task2", "edis_task2")
 FOLDED: Final = ("mscoco_task0_test", "nights_task4", "visualnews_task0", "fashion200k_task0")

@@ -39,8 +39,8 @@ from traceir.files import write_whole
 from traceir.images import ImageInput
 from traceir.items import Encoding, Item, Query
 from traceir.prompts import TURN_END, render_query
-from traceir.rerank import TEMPERATURE, UNREADABLE, Reranker, TraceReranker, load_reranker, rerank, target_of
 from traceir.rerank_prompts import asked_to_describe, render_asked, render_offered
+from traceir.retrieval.rerank import TEMPERATURE, UNREADABLE, Reranker, TraceReranker, load_reranker, rerank, target_of
 
 COMPLEX = 2
 """Steps from which a query is complex."""

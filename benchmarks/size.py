@@ -1,7 +1,7 @@
 """How large the package is, at two revisions: `python -m benchmarks.size --before REVISION [--after HEAD]`.
 
 Lines are those of `git ls-files | xargs wc -l`; words of the guides those of `wc -w`. The core is every module at the top of the
-package and `collection`, `index`, `serve`, `engines` and `integrations`.
+package and `collection`, `retrieval`, `index`, `serve`, `engines` and `integrations`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator
 from pathlib import PurePosixPath
 
-CORE = ("top", "collection", "engines", "index", "integrations", "serve")
+CORE = ("top", "collection", "engines", "index", "integrations", "retrieval", "serve")
 GUIDES = ("README.md", "ARCHITECTURE.md", "CONTRIBUTING.md")
 PAGE_CODE = (".js", ".css", ".html")
 

@@ -36,7 +36,7 @@ from traceir.collection.sync import SyncReport, sync
 from traceir.index import open_index
 from traceir.items import Encoding, Item, Query, Route, Vector
 from traceir.library import load_encoder
-from traceir.search import EncoderLike
+from traceir.retrieval.search import EncoderLike
 
 WIDTH: Final = 256
 FOLDER: Final = 1000

@@ -29,7 +29,7 @@ from starlette.routing import Route
 from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from traceir.search import EncoderLike
+from traceir.retrieval.search import EncoderLike
 from traceir.serve.run import ServeConfig, make_application, make_server
 
 PREFERRED = {"temperature": 0.9, "top_k": 20, "repetition_penalty": 1.3, "min_new_tokens": 4}

@@ -26,7 +26,7 @@ from traceir.index import In, open_index
 from traceir.integrations.langchain import TraceEmbeddings, TraceRetriever
 from traceir.integrations.llamaindex import TraceEmbedding
 from traceir.items import Item, Query
-from traceir.search import Searcher
+from traceir.retrieval.search import Searcher
 
 pytestmark = pytest.mark.slow
 client, door, photo = test_client_answers.client, test_client_answers.door, test_client_answers.photo

@@ -21,14 +21,14 @@ from traceir.background import COUNT, built_in, choose_queries, read_queries
 from traceir.checkpoint import bundled_model
 from traceir.cli.main import build_parser, main
 from traceir.client import Client
-from traceir.cutoff import Calibration, Calibrations, check_rate, thresholds
 from traceir.encoder import Encoder
 from traceir.errors import InputError, StoreError
 from traceir.index import Index, SqliteIndex, open_index
 from traceir.index.sql import write_background
 from traceir.items import Item, Modality, Query
-from traceir.retrieval import EncodedQuery, SearchOptions, retrieve
-from traceir.search import EncoderLike, Searcher, encode_background
+from traceir.retrieval.cutoff import Calibration, Calibrations, check_rate, thresholds
+from traceir.retrieval.pipeline import EncodedQuery, SearchOptions, retrieve
+from traceir.retrieval.search import EncoderLike, Searcher, encode_background
 from traceir.serve.run import ServeConfig, make_server
 from traceir.serve.tenants import TenantIndex
 

@@ -18,7 +18,7 @@ from traceir.index import open_index
 from traceir.items import Encoding, Item, Query
 from traceir.model import TraceModel
 from traceir.prompts import TURN_END, render_query
-from traceir.search import Searcher
+from traceir.retrieval.search import Searcher
 
 
 def generate_one(model: TraceModel, query: Query, budget: int) -> tuple[np.ndarray, list[int]]:

@@ -27,7 +27,7 @@ from traceir.errors import ImageError, InputError, ModelError
 from traceir.images import ImageInput
 from traceir.index import open_index
 from traceir.items import Encoding, Item, Query
-from traceir.search import Searcher
+from traceir.retrieval.search import Searcher
 
 KINDS = {
     "openai": FakeEndpoint(fakes.read_tei),

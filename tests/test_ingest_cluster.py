@@ -26,7 +26,7 @@ from traceir.index import SqliteIndex, open_index
 from traceir.items import Encoding, Item
 from traceir.library import load_encoder
 from traceir.ray_session import Share, on_ray
-from traceir.search import EncoderLike
+from traceir.retrieval.search import EncoderLike
 
 TESTS = Path(__file__).parent
 PATHS = os.pathsep.join([str(TESTS), str(TESTS.parent / "src")])

@@ -67,6 +67,7 @@ def test_import_traceir_gives_the_names_and_costs_nothing() -> None:
     with pytest.warns(DeprecationWarning, match="ImageInput"):
         assert traceir.Picture is ImageInput
     script = "import sys, traceir; print({'torch', 'numpy', 'PIL', 'transformers'} & set(sys.modules))"
-    script += "; import traceir.images, traceir.index, traceir.search, traceir.collection.ingest; print('torch' in sys.modules)"
+    script += "; import traceir.images, traceir.index, traceir.retrieval.search, traceir.collection.ingest"
+    script += "; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout == "set()\nFalse\n"

@@ -24,7 +24,7 @@ from traceir.encoder import Encoder
 from traceir.images import ImageInput
 from traceir.items import Item, Query, Route
 from traceir.lab import demo
-from traceir.search import Searcher
+from traceir.retrieval.search import Searcher
 
 ATTACK = "<script>window.pwned = 1</script><img src=x onerror='window.pwned = 2'><u>zorvex</u> & </p>"
 PAGE = 24

@@ -20,7 +20,7 @@ from benchmarks.readme import README, SAMPLE, printed_by, sample
 from traceir.encoder import Encoder
 from traceir.index import open_index
 from traceir.items import Query
-from traceir.search import Searcher
+from traceir.retrieval.search import Searcher
 
 NUMBER = re.compile(r"\d\.\d{3}\b")
 

@@ -31,8 +31,17 @@ from traceir.items import Item, Query
 from traceir.model import TraceModel, load, save
 from traceir.network import Network
 from traceir.prompts import EMB, TURN_END, PromptVersion, render_query
-from traceir.rerank import UNREADABLE, CrossReranker, TraceReranker, answer_tokens, item_of, load_reranker, rerank, target_of
 from traceir.rerank_prompts import render_asked, render_offered
+from traceir.retrieval.rerank import (
+    UNREADABLE,
+    CrossReranker,
+    TraceReranker,
+    answer_tokens,
+    item_of,
+    load_reranker,
+    rerank,
+    target_of,
+)
 from traceir.train.batches import TrainBatches
 from traceir.train.config import TrainConfig, check
 from traceir.train.gradcache import Objective, Reader, step

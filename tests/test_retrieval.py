@@ -16,13 +16,13 @@ from fakes import FakeEncoder, vector_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from traceir.cursor import MAX_SHOWN, Cursor
 from traceir.errors import InputError, ModelError
 from traceir.index import open_index
 from traceir.index.store import Index
 from traceir.items import Item, Query, Vector
-from traceir.rerank import load_reranker
-from traceir.search import Searcher
+from traceir.retrieval.cursor import MAX_SHOWN, Cursor
+from traceir.retrieval.rerank import load_reranker
+from traceir.retrieval.search import Searcher
 
 CAMERA = {"camera": "Pixel 8"}
 

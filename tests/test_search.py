@@ -11,7 +11,7 @@ from fakes import FakeEncoder
 from traceir.errors import InputError, StoreError
 from traceir.index import Eq, open_index
 from traceir.items import Item, Query
-from traceir.search import Searcher
+from traceir.retrieval.search import Searcher
 
 
 @pytest.fixture

@@ -24,15 +24,15 @@ from starlette.testclient import TestClient
 
 from traceir.collection.ingest import add
 from traceir.collection.sources import FILE_FIELD
-from traceir.cursor import MAX_SHOWN
 from traceir.encoder import Encoder
 from traceir.images import ImageInput
 from traceir.index import filters, open_index
 from traceir.index.filters import MAX_NAME_BYTES
 from traceir.index.store import MAX_ID_BYTES
 from traceir.items import Item, Query
-from traceir.retrieval import MAX_WEIGHT
-from traceir.search import Searcher
+from traceir.retrieval.cursor import MAX_SHOWN
+from traceir.retrieval.pipeline import MAX_WEIGHT
+from traceir.retrieval.search import Searcher
 from traceir.serve import bodies, schemas, service, strict, uploads
 from traceir.serve.app import Server
 from traceir.serve.keys import make_key, revoke_key

@@ -14,12 +14,12 @@ from fake_sglang import serving_here
 from fakes import FakeEncoder
 from test_retrieval import Longest, beside, ids
 
-from traceir import rerank
 from traceir.client import Client
 from traceir.errors import InputError
 from traceir.index import open_index
 from traceir.items import Item, Query
-from traceir.search import Searcher
+from traceir.retrieval import rerank
+from traceir.retrieval.search import Searcher
 
 WORDS = ("a red cup", "a blue cup", "a red hat", "a blue hat")
 

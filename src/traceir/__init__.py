@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from traceir.index import And, Eq, Glob, In, Not, Or, Range, open_index
     from traceir.items import Encoding, Hit, Item, Query
     from traceir.library import load_encoder
-    from traceir.search import Searcher
+    from traceir.retrieval.search import Searcher
 
 __version__ = "0.1.0"
 __all__ = [
@@ -38,7 +38,7 @@ _HOMES = {
     "Client": "traceir.client",
     "Encoder": "traceir.encoder",
     "ImageInput": "traceir.images",
-    "Searcher": "traceir.search",
+    "Searcher": "traceir.retrieval.search",
     "load_encoder": "traceir.library",
     "TraceError": "traceir.errors",
 }

@@ -1,4 +1,4 @@
-"""Queries that a collection almost surely does not answer: the background against which scores are judged (`cutoff.py`).
+"""Queries that a collection almost surely cannot answer: the background against which scores are judged (`retrieval/cutoff.py`).
 
 Built in (background.json) are short texts of several unrelated things each ("a walrus tuning a harp in a car park"), drawn by a
 seed: a collection may hold parts of such a text, which only makes thresholds stricter, but not the whole. A checkpoint that knows

@@ -20,14 +20,14 @@ from urllib.parse import quote
 import numpy as np
 
 from traceir.connection import Answer, Connected, Connection
-from traceir.cutoff import Cut
 from traceir.engines.base import Payload, batches
 from traceir.engines.forms import content_parts, message
 from traceir.errors import InputError, ModelError
 from traceir.images import ImageInput, data_url
 from traceir.index.store import check_ids, check_items
 from traceir.items import Encoding, Hit, Item, Modality, Part, Query, Route, Value
-from traceir.retrieval import Mode
+from traceir.retrieval.cutoff import Cut
+from traceir.retrieval.pipeline import Mode
 
 MAX_INPUTS: Final = 64
 """Inputs, or ids, of one request; longer calls send several."""
@@ -258,7 +258,7 @@ class Client(Connected):
 
 
 class ServedEncoder:
-    """A TraceIR server as an encoder (`EncoderLike` of search.py): its vectors, over an index of one's own."""
+    """A TraceIR server as an encoder (`EncoderLike` of `retrieval/search.py`): its vectors, over an index of one's own."""
 
     def __init__(self, client: Client) -> None:
         self.client = client

@@ -46,7 +46,7 @@ from traceir.index.store import ModelIdentity, Opening
 from traceir.items import MODALITIES, Encoding, Item, Query, Route
 from traceir.media.part import file_of
 from traceir.ray_session import Share, on_ray
-from traceir.search import EncoderLike, Searcher
+from traceir.retrieval.search import EncoderLike, Searcher
 from traceir.world import World
 
 _AT_ONCE: Final = 1000

@@ -28,8 +28,8 @@ from traceir.index.filter_text import parse_filter
 from traceir.index.filters import And, Filter
 from traceir.items import Hit, Item, Query, as_image
 from traceir.media.part import file_of
-from traceir.retrieval import MAX_WEIGHT, SearchKeywords, SearchOptions
-from traceir.search import Searcher, SearchResult
+from traceir.retrieval.pipeline import MAX_WEIGHT, SearchKeywords, SearchOptions
+from traceir.retrieval.search import Searcher, SearchResult
 from traceir.serve.config import ServeConfig
 from traceir.world import notice
 
@@ -50,7 +50,7 @@ def search(args: argparse.Namespace) -> int:
     open_index(args.index).close()
     encoder = None if reads_words_alone else open_encoder(args)
     if args.rerank:
-        from traceir.rerank import load_reranker
+        from traceir.retrieval.rerank import load_reranker
 
         keywords["rerank"] = load_reranker(args.rerank, encoder, device=args.device)
     with open_index(args.index, encoder) as index:

@@ -15,7 +15,7 @@ from traceir.errors import InputError, ModelError, StoreError
 if TYPE_CHECKING:
     from traceir.encoder import Encoder
     from traceir.library import LibraryEncoder
-    from traceir.search import EncoderLike
+    from traceir.retrieval.search import EncoderLike
 
 ENGINE_KEY_VARIABLE: Final = "TRACEIR_ENGINE_KEY"
 PARTLY: Final = 1

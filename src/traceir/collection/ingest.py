@@ -30,7 +30,7 @@ from traceir.errors import ImageError, InputError, ModelError
 from traceir.index.filters import same_fields
 from traceir.index.store import Index, Stored, check_items, image_of
 from traceir.items import Item, Vector
-from traceir.search import EncoderLike, text_cut
+from traceir.retrieval.search import EncoderLike, text_cut
 
 
 @dataclass(slots=True)

@@ -20,7 +20,7 @@ from traceir.index.copy import Copied
 from traceir.index.store import Index, IndexInfo, Opening, Stored, image_of
 from traceir.items import Item, Vector
 from traceir.ray_session import ONE_CPU, Share, on_ray
-from traceir.search import EncoderLike
+from traceir.retrieval.search import EncoderLike
 from traceir.world import World
 
 MakeEncoder = Callable[[], EncoderLike]

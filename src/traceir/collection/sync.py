@@ -32,7 +32,7 @@ from traceir.index.copy import Copied
 from traceir.index.filters import Eq, Range, is_value
 from traceir.index.store import Index, Stored
 from traceir.items import Item, Vector
-from traceir.search import EncoderLike
+from traceir.retrieval.search import EncoderLike
 
 MOST_LOST: Final = 100
 """So many files of a root may go without a question, and of a larger one half."""

@@ -18,7 +18,7 @@ from traceir.collection.sources import readable_suffixes
 from traceir.collection.sync import SyncReport, sync_paths
 from traceir.errors import InputError, TraceError
 from traceir.index.store import Index
-from traceir.search import EncoderLike
+from traceir.retrieval.search import EncoderLike
 
 if TYPE_CHECKING:
     from watchdog.observers.api import BaseObserver

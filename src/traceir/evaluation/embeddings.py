@@ -36,7 +36,7 @@ from tqdm import tqdm
 from traceir.errors import InputError, ModelError, StoreError
 from traceir.files import replacing, write_whole
 from traceir.items import Encoding, Item, Query, Route, Vector
-from traceir.search import EncoderLike
+from traceir.retrieval.search import EncoderLike
 
 log = logging.getLogger(__name__)
 

@@ -38,7 +38,7 @@ from traceir.evaluation.results import (
 from traceir.files import write_whole
 from traceir.items import Encoding, Query, Route
 from traceir.prompts import completion_text
-from traceir.search import EvaluatedEncoder
+from traceir.retrieval.search import EvaluatedEncoder
 from traceir.suggest import did_you_mean
 
 log = logging.getLogger(__name__)

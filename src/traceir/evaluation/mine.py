@@ -22,7 +22,7 @@ from traceir.evaluation.embeddings import Embedder
 from traceir.evaluation.ranking import NO_POSITION, Pool, rank_queries
 from traceir.files import replacing_folder, write_whole
 from traceir.items import Encoding, Query
-from traceir.search import EncoderLike
+from traceir.retrieval.search import EncoderLike
 
 log = logging.getLogger(__name__)
 

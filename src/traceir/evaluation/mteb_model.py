@@ -38,7 +38,7 @@ from traceir.evaluation.metrics import TIE
 from traceir.images import ImageInput
 from traceir.items import MODALITIES, Item, Modality, Part, Query, Route, Vector, check_route
 from traceir.model import load
-from traceir.search import EncoderLike
+from traceir.retrieval.search import EncoderLike
 
 log = logging.getLogger(__name__)
 

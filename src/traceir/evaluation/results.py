@@ -20,7 +20,7 @@ from traceir.data.folder import data_fingerprint
 from traceir.data.report import markdown_table, points
 from traceir.errors import DataError, InputError
 from traceir.items import ROUTES, Route
-from traceir.search import EvaluatedEncoder
+from traceir.retrieval.search import EvaluatedEncoder
 
 DEPTHS: Final = (1, 5, 10)
 Key = tuple[str, str]

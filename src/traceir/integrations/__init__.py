@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from traceir.errors import InputError
 from traceir.items import Encoding, Item
-from traceir.search import EncoderLike
+from traceir.retrieval.search import EncoderLike
 
 Vectors = list[list[float]]
 

@@ -15,8 +15,8 @@ from traceir.client import Client, ServedEncoder
 from traceir.errors import InputError
 from traceir.integrations import Vectors, embed_texts, lists
 from traceir.items import Item, Modality, Query, Route
-from traceir.retrieval import Mode
-from traceir.search import EncoderLike
+from traceir.retrieval.pipeline import Mode
+from traceir.retrieval.search import EncoderLike
 
 try:
     from langchain_core.callbacks import CallbackManagerForRetrieverRun

@@ -16,7 +16,7 @@ from typing import Any
 from traceir.client import Client, ServedEncoder
 from traceir.integrations import embed_texts, lists
 from traceir.items import Item, Modality, Query, Route
-from traceir.search import EncoderLike
+from traceir.retrieval.search import EncoderLike
 
 try:
     from llama_index.core.bridge.pydantic import Field, PrivateAttr

@@ -20,7 +20,7 @@ from traceir.items import Query
 from traceir.lab.fixture import unpack
 from traceir.lab.gallery import Entry, cost, reasoning_steps, verdict, write_gallery
 from traceir.prompts import normalise
-from traceir.search import EncoderLike, Searcher
+from traceir.retrieval.search import EncoderLike, Searcher
 
 PER_ROW: Final = 60
 """Candidates that each row lends to the gallery: what its chosen queries are judged with, then others of its pool."""

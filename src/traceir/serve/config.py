@@ -54,7 +54,7 @@ class ServeConfig:
         if self.uploads is None and self.index.startswith(DISTRIBUTED):
             raise InputError(f"--index {self.index} is no folder that could hold the images clients send; give --uploads DIR")
         if self.cutoff is not None:
-            from traceir.cutoff import check_rate  # here, since it imports numpy
+            from traceir.retrieval.cutoff import check_rate  # here, since it imports numpy
 
             check_rate(self.cutoff)
         if self.deadline_s <= 0:

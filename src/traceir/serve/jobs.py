@@ -18,7 +18,7 @@ from traceir.engines.sglang import SGLangEncoder
 from traceir.errors import InputError, ModelError, TraceError
 from traceir.items import Encoding, Item, Query, Route
 from traceir.prompts import Role
-from traceir.search import EncoderLike
+from traceir.retrieval.search import EncoderLike
 from traceir.serve.fair import Rounds, Usage
 
 log = logging.getLogger(__name__)

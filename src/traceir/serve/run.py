@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from traceir.cutoff import Calibrations
 from traceir.errors import InputError
 from traceir.index import open_index
 from traceir.index.store import Index
-from traceir.search import EncoderLike
+from traceir.retrieval.cutoff import Calibrations
+from traceir.retrieval.search import EncoderLike
 from traceir.serve.access import TOGETHER, KeyMiddleware
 from traceir.serve.app import Server, create_app
 from traceir.serve.bodies import BodyMiddleware
@@ -35,7 +35,7 @@ from traceir.serve.tenants import TenantIndex, TenantPresence
 from traceir.serve.uploads import ImageFolder, Sources, UploadValidator
 
 if TYPE_CHECKING:
-    from traceir.rerank import Reranker
+    from traceir.retrieval.rerank import Reranker
 
 log = logging.getLogger(__name__)
 SWITCH_S: Final = 0.00005
@@ -122,7 +122,7 @@ async def _make_service(config: ServeConfig, load: Callable[[], EncoderLike], me
 
 def _load_reranker(name: str, encoder: EncoderLike) -> Reranker:
     """On the device of the encoder's model, where it is in this process."""
-    from traceir.rerank import load_reranker
+    from traceir.retrieval.rerank import load_reranker
 
     return load_reranker(name, encoder, device=str(getattr(getattr(encoder, "model", None), "device", "cpu")))
 

@@ -22,7 +22,7 @@ from traceir.engines.sglang import SGLangEncoder
 from traceir.errors import InputError
 from traceir.items import Item, Query, Route
 from traceir.prompts import Role
-from traceir.search import EncoderLike
+from traceir.retrieval.search import EncoderLike
 from traceir.serve.fair import FairExecutor, Places, Rounds, Usage, caller, patient
 from traceir.serve.jobs import FAILURES, BatchWorker, BusyError, EngineWorker, Job, LateError, Listener, Progress, Served, Worker
 

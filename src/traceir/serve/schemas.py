@@ -23,13 +23,13 @@ from pydantic import (
     model_validator,
 )
 
-from traceir.cutoff import Cut
 from traceir.index.facets import FacetKind
 from traceir.index.filters import MAX_LIST_VALUES, MAX_NAME_BYTES
 from traceir.index.filters import MAX_VALUES as MAX_FILTER_VALUES
 from traceir.index.store import MAX_ID_BYTES, check_id
 from traceir.items import Modality, Route
-from traceir.retrieval import MAX_WEIGHT, Mode
+from traceir.retrieval.cutoff import Cut
+from traceir.retrieval.pipeline import MAX_WEIGHT, Mode
 from traceir.serve.faults import SAID, kind_in_json, plain
 from traceir.serve.jobs import Served
 

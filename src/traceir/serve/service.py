@@ -16,14 +16,14 @@ from typing import TYPE_CHECKING, Any, Final, Literal, TypeVar
 
 import numpy as np
 
-from traceir.cutoff import Calibrations
 from traceir.errors import InputError, StoreError, TraceError
 from traceir.images import ImageInput
 from traceir.index import And, Eq, Filter, In, Index, Range, Stored
 from traceir.index.filter_text import parse_filter
 from traceir.index.pages import Position, position_of
 from traceir.items import Hit, Item, Modality, Part, Query, Route
-from traceir.retrieval import EncodedQuery, SearchOptions, combine, retrieve
+from traceir.retrieval.cutoff import Calibrations
+from traceir.retrieval.pipeline import EncodedQuery, SearchOptions, combine, retrieve
 from traceir.serve import schemas
 from traceir.serve.bodies import MAX_ANSWER
 from traceir.serve.fair import patient
@@ -37,7 +37,7 @@ from traceir.serve.uploads import ImageFolder, Sources, UploadValidator, as_jpeg
 from traceir.world import notice
 
 if TYPE_CHECKING:
-    from traceir.rerank import Reranker
+    from traceir.retrieval.rerank import Reranker
 
 Result = TypeVar("Result")
 Input = TypeVar("Input")

@@ -25,7 +25,7 @@ from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from traceir.model import TraceModel
-from traceir.rerank import answer_tokens
+from traceir.retrieval.rerank import answer_tokens
 from traceir.train.batches import Chunk, TrainBatch
 from traceir.train.losses import distillation_loss, generation_loss, nested_retrieval_loss, rerank_loss
 

@@ -17,7 +17,7 @@ from traceir.evaluation.unseen.score import rank_pool, score
 from traceir.evaluation.unseen.task import LeftOut, Missing, UnseenTask, settle
 from traceir.files import write_whole
 from traceir.items import Route
-from traceir.search import EvaluatedEncoder
+from traceir.retrieval.search import EvaluatedEncoder
 from traceir.suggest import did_you_mean
 
 log = logging.getLogger(__name__)

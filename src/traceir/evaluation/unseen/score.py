@@ -21,7 +21,7 @@ from traceir.evaluation.metrics import Ranks, average_precision_at, positive_ran
 from traceir.evaluation.ranking import rank_queries
 from traceir.evaluation.unseen.task import LeftOut, UnseenQuery, UnseenTask
 from traceir.items import Encoding, Route, Vector
-from traceir.search import EncoderLike
+from traceir.retrieval.search import EncoderLike
 
 NAMED: Final = 100
 """Names of each kind of loss that a summary lists; the task has all."""

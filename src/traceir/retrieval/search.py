@@ -11,11 +11,11 @@ from typing import Final, Protocol, Unpack
 
 import numpy as np
 
-from traceir.cutoff import Calibration, Cut
 from traceir.errors import InputError, ModelError
 from traceir.index.store import Background, Index, ModelIdentity, Opening
 from traceir.items import MODALITIES, Encoding, Hit, Item, Modality, Query, Route, Vector
-from traceir.retrieval import EncodedQuery, SearchKeywords, SearchOptions, check_weight, combine, retrieve
+from traceir.retrieval.cutoff import Calibration, Cut
+from traceir.retrieval.pipeline import EncodedQuery, SearchKeywords, SearchOptions, check_weight, combine, retrieve
 
 log = logging.getLogger(__name__)
 AT_ONCE: Final = 64

@@ -18,20 +18,20 @@ from typing import TYPE_CHECKING, Final, Literal, TypedDict, get_args
 
 import numpy as np
 
-from traceir.cursor import Cursor
-from traceir.cutoff import Cut, check_rate
 from traceir.errors import InputError
-from traceir.folding import SAME, fold
 from traceir.index.filter_text import as_filter
 from traceir.index.filters import Filter, Where, shown
 from traceir.index.pages import check_page, order_page, position_of
 from traceir.index.store import Index, Vectors, check_search
 from traceir.index.words import KeywordQuery, SearchTerm, columns_of, parse_words
 from traceir.items import MODALITIES, Hit, Modality, Query, Vector
+from traceir.retrieval.cursor import Cursor
+from traceir.retrieval.cutoff import Cut, check_rate
+from traceir.retrieval.folding import SAME, fold
 from traceir.suggest import did_you_mean
 
 if TYPE_CHECKING:
-    from traceir.rerank import Reranker
+    from traceir.retrieval.rerank import Reranker
 
 Mode = Literal["vector", "keyword", "hybrid"]
 MODES: Final[tuple[Mode, ...]] = get_args(Mode)
@@ -347,7 +347,7 @@ def _reranked(
     index: Index, each: EncodedQuery, hits: list[Hit], reranker: Reranker, options: SearchOptions
 ) -> tuple[list[Hit], float]:
     """The first of these hits in the reranker's order, less those that earlier pages had of `rerank_top`; and its seconds."""
-    from traceir.rerank import item_of, rerank
+    from traceir.retrieval.rerank import item_of, rerank
 
     top = max(0, options.rerank_top - options.cursor.rank)
     read = rerank(
