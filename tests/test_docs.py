@@ -53,11 +53,12 @@ def commands(text: str) -> Iterator[list[str]]:
 
 
 def defines(module: str, name: str) -> bool:
-    """Integrations are read and not imported: their packages take seconds."""
-    if not module.startswith("traceir.integrations."):
+    """A package is imported; a file is read, since some import packages of others that take seconds."""
+    file = SOURCE.joinpath(*module.split(".")[1:]).with_suffix(".py")
+    if module == "traceir" or not file.exists():
         return hasattr(importlib.import_module(module), name)
-    source = SOURCE.joinpath(*module.split(".")[1:]).with_suffix(".py").read_text(encoding="utf-8")
-    return name in {node.name for node in ast.parse(source).body if isinstance(node, ast.ClassDef | ast.FunctionDef)}
+    body = ast.parse(file.read_text(encoding="utf-8")).body
+    return name in {node.name for node in body if isinstance(node, ast.ClassDef | ast.FunctionDef)}
 
 
 def missing_verbs(words: list[str]) -> list[str]:
