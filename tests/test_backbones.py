@@ -96,7 +96,7 @@ def test_ids_positions_pixels_and_states_are_those_of_transformers(folder: Path,
 
 
 @others
-@pytest.mark.parametrize("route", ["auto", "reason", "direct"])
+@pytest.mark.parametrize("route", ["auto", "direct"])
 def test_a_padded_batch_equals_its_singles_whose_rows_come_and_go(model: TraceModel, asked: list[Query], route: str) -> None:
     encoder = Encoder(model, batch_rows=2, decode_rows=5)  # prefilled by twos, of other lengths, that then write together
     together = encoder.encode_queries(asked, route=route)
@@ -194,6 +194,7 @@ def test_every_part_that_trains_takes_part_in_a_chunk_without_images(folder: Pat
         assert all(parameter.grad is not None for parameter in projector.parameters())
 
 
+@pytest.mark.slow
 @others
 def test_an_adapter_reaches_every_linear_layer_and_every_projector(folder: Path, tmp_path: Path) -> None:
     model = load(folder, prompt_version="brief-1")
@@ -213,6 +214,7 @@ def test_an_adapter_reaches_every_linear_layer_and_every_projector(folder: Path,
     }
 
 
+@pytest.mark.slow
 @others
 def test_a_base_in_bfloat16_trains_adapters_in_float32_without_autocast_too(folder: Path) -> None:
     model = load(folder, dtype=torch.bfloat16)

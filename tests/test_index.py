@@ -51,20 +51,10 @@ STEPS = st.lists(
 )
 
 
-@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(
-    steps=STEPS,
-    filters=st.lists(FILTERS, min_size=1, max_size=2),
-    query=CORNERS,
-    modality=st.sampled_from([None, "text"]),
-    k=st.integers(1, 9),
-)
-def test_search_means_what_plain_numpy_says_whatever_two_handles_did(
-    tmp_path_factory: pytest.TempPathFactory, steps: list[Any], filters: list[Filter], query: Any, modality: Any, k: int
-) -> None:
+def compare_with_numpy(folder: Path, steps: list[Any], filters: list[Filter], query: Any, modality: Any, k: int) -> None:
+    """Two handles carry out the steps in turn; after each, both find what plain numpy finds."""
     (asked,) = unit(query)
     there: dict[int, tuple[Item, Any]] = {}
-    folder = tmp_path_factory.mktemp("index")
     with opened(folder) as index, opened(folder) as other:
         for number, (kind, what) in enumerate(steps):
             writer = other if number % 2 else index
@@ -84,6 +74,30 @@ def test_search_means_what_plain_numpy_says_whatever_two_handles_did(
             for handle, where, exact in itertools.product((index, other), [None, *filters], exacts):
                 hits = handle.search(asked[None], k, where=where, modality=modality, exact=exact)[0]
                 assert pairs(hits) == naive(items, rows, asked, k, where, modality), (where, exact)
+
+
+def test_search_means_what_plain_numpy_says_whatever_two_handles_did(tmp_path: Path) -> None:
+    corners: list[Any] = [(1, 0, 0, 0), (1, 1, 0, 0), (-1, 0, 0, 1)]
+    put = {n: (corners[n % 3], ("text", "image")[n % 2], {"x": n % 3}) for n in range(8)}
+    again = {n: (corners[2 - n % 3], "text", {"x": "a"}) for n in (1, 4)}
+    steps: list[Any] = [("put", put), ("remove", {0, 5}), ("build", 3), ("put", again), ("remove", {2}), ("put", {9: put[5]})]
+    compare_with_numpy(tmp_path / "any", steps, [Eq("x", 1), Range("x", 0, 1.5)], (0.3, 0.2, 0.1, 0.7), None, 9)
+    compare_with_numpy(tmp_path / "texts", steps, [Eq("x", "a")], corners[1], "text", 2)
+
+
+@pytest.mark.slow
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    steps=STEPS,
+    filters=st.lists(FILTERS, min_size=1, max_size=2),
+    query=CORNERS,
+    modality=st.sampled_from([None, "text"]),
+    k=st.integers(1, 9),
+)
+def test_search_means_what_plain_numpy_says_after_any_steps(
+    tmp_path_factory: pytest.TempPathFactory, steps: list[Any], filters: list[Filter], query: Any, modality: Any, k: int
+) -> None:
+    compare_with_numpy(tmp_path_factory.mktemp("index"), steps, filters, query, modality, k)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "int8"])

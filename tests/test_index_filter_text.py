@@ -71,6 +71,7 @@ def test_what_cannot_be_read_is_refused_with_its_place(text: str, why: str) -> N
         parse_filter(text)
 
 
+@pytest.mark.slow
 @given(st.text(alphabet="ab =!<>~()\"',.*? andornotinismissing2024-05", max_size=40))
 def test_any_text_is_read_or_refused(text: str) -> None:
     try:

@@ -18,7 +18,7 @@ from test_index_conformance import FILTERS, damage, drawn, in_process, opened, t
 
 from traceir.errors import StoreError
 from traceir.index import SqliteIndex, keywords, open_index
-from traceir.index.filters import matches
+from traceir.index.filters import Eq, Or, matches
 from traceir.items import Item
 
 WORDS = ("cup", "jug", "red", "sea", "Küste")
@@ -38,21 +38,7 @@ def rows_in_table(index: SqliteIndex) -> tuple[int, int]:
     return index._keywords.state().rows, counted
 
 
-@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(
-    steps=st.lists(
-        st.tuples(
-            st.dictionaries(st.integers(0, 9), st.tuples(TEXTS, st.sampled_from([0, "a", True]))), st.sets(st.integers(0, 9))
-        ),
-        min_size=1,
-        max_size=4,
-    ),
-    asked=ASKED,
-    where=st.one_of(st.none(), FILTERS),
-)
-def test_what_is_found_is_what_plain_python_finds(
-    tmp_path_factory: pytest.TempPathFactory, steps: list[Any], asked: list[tuple[str, str]], where: Any
-) -> None:
+def compare_with_python(folder: Path, steps: list[Any], asked: list[tuple[str, str]], where: Any) -> None:
     """Whatever two handles wrote between the searches; with a table made anew as soon as a quarter is stale."""
     parts = [(mark, " ".join(words.split()[:1]) if mark == "-" else words) for mark, words in asked]
     query = " ".join(f"{mark}{words}{mark if mark == QUOTE else ''}" for mark, words in parts)
@@ -65,7 +51,6 @@ def test_what_is_found_is_what_plain_python_finds(
         without = [f" {words} " in padded for mark, words in parts if mark == "-"]
         return any(phrases + plain) and all(phrases) and not any(without)
 
-    folder = tmp_path_factory.mktemp("index")
     with pytest.MonkeyPatch.context() as patch, opened(folder) as index, opened(folder) as other:
         patch.setattr(keywords, "_SMALL", 3)
         patch.setattr(keywords, "CHUNK", 2)
@@ -83,6 +68,34 @@ def test_what_is_found_is_what_plain_python_finds(
             assert ids(index, query, where=where) == ids(other, query.upper(), where=where) == sorted(expected)
             said, counted = rows_in_table(index)
             assert said == counted <= max(3, len(there) / 0.75)
+
+
+def test_what_is_found_is_what_plain_python_finds(tmp_path: Path) -> None:
+    texts = ("red cup", "cup red sea", "jug", "Küste jug red", "sea sea", "cup")
+    put = {n: (texts[n % 6], (0, "a", True)[n % 3]) for n in range(10)}
+    again = {n: (texts[(n + 1) % 6], "a") for n in (1, 3, 5, 7)}
+    steps = [(put, {2}), (again, {0, 9}), ({}, {1, 4, 6}), ({0: put[0]}, set())]
+    compare_with_python(tmp_path / "words", steps, [("", "red Küste"), ("-", "sea")], None)
+    compare_with_python(tmp_path / "phrase", steps, [('"', "red cup"), ("", "jug")], Or((Eq("x", "a"), Eq("x", True))))
+
+
+@pytest.mark.slow
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    steps=st.lists(
+        st.tuples(
+            st.dictionaries(st.integers(0, 9), st.tuples(TEXTS, st.sampled_from([0, "a", True]))), st.sets(st.integers(0, 9))
+        ),
+        min_size=1,
+        max_size=4,
+    ),
+    asked=ASKED,
+    where=st.one_of(st.none(), FILTERS),
+)
+def test_what_is_found_after_any_steps_is_what_plain_python_finds(
+    tmp_path_factory: pytest.TempPathFactory, steps: list[Any], asked: list[tuple[str, str]], where: Any
+) -> None:
+    compare_with_python(tmp_path_factory.mktemp("index"), steps, asked, where)
 
 
 def test_others_are_answered_while_words_are_brought_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

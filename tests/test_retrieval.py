@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import itertools
-import shutil
-import tempfile
+import random
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -296,39 +295,55 @@ CHANGES = st.lists(st.tuples(st.integers(0, 39), st.booleans()), max_size=6)
 PAGED: list[dict[str, Any]] = [{}, {"mode": "hybrid"}, {"fold": True}, {"sort": "-date"}, {"mode": "keyword", "fold": 0.9}]
 
 
-@settings(max_examples=25, deadline=None)
-@given(st.sampled_from(PAGED), st.data())
-def test_whatever_changes_between_pages_nothing_is_doubled_or_left_out(options: dict[str, Any], data: st.DataObject) -> None:
+def page_through(
+    folder: Path, options: dict[str, Any], there: set[int], sizes: Iterator[int], changes: Iterator[list[tuple[int, bool]]]
+) -> None:
+    """Pages of these sizes over items that come (True) and go between them: what stayed is shown once, nothing twice."""
+
     def made(number: int) -> tuple[Item, Vector]:
         words = ["cup", "red cup", "red", "hat"][number % 4]
         item = Item.of(text=f"{words} {number}", id=f"i{number}", fields={"date": number % 5} if number % 3 else {})
         return item, beside("red cup", 0.1 + (number * 7 % 40) / 50, number // 3)
 
-    folder, encoder = Path(tempfile.mkdtemp()), FakeEncoder()
-    try:
-        with open_index(folder / "index", encoder, create=True) as index:
-            searcher = Searcher(encoder, index)
-            there = set(data.draw(st.sets(st.integers(0, 39), min_size=1, max_size=40)))
-            keep(index, *map(made, sorted(there)))
-            stayed, seen, after = set(there), list[str](), None
-            for _ in range(60):
-                page = searcher.search("red cup", k=data.draw(st.integers(1, 9)), after=after, **options)
-                seen += itertools.chain.from_iterable((hit.id, *hit.similar) for hit in page.hits)
-                if not (after := page.next):
-                    break
-                for number, comes in data.draw(CHANGES):
-                    if comes and number not in there:
-                        keep(index, made(number))
-                        there.add(number)
-                    elif not comes and number in there:
-                        index.delete([f"i{number}"])
-                        there.discard(number)
-                        stayed.discard(number)
-            assert after is None and len(seen) == len(set(seen))
-            found = {number for number in stayed if options.get("mode") != "keyword" or number % 4 != 3}
-            assert {f"i{number}" for number in found} <= set(seen)
-    finally:
-        shutil.rmtree(folder)
+    encoder = FakeEncoder()
+    with open_index(folder / "index", encoder, create=True) as index:
+        searcher = Searcher(encoder, index)
+        keep(index, *map(made, sorted(there)))
+        stayed, seen, after = set(there), list[str](), None
+        for _ in range(60):
+            page = searcher.search("red cup", k=next(sizes), after=after, **options)
+            seen += itertools.chain.from_iterable((hit.id, *hit.similar) for hit in page.hits)
+            if not (after := page.next):
+                break
+            for number, comes in next(changes):
+                if comes and number not in there:
+                    keep(index, made(number))
+                    there.add(number)
+                elif not comes and number in there:
+                    index.delete([f"i{number}"])
+                    there.discard(number)
+                    stayed.discard(number)
+        assert after is None and len(seen) == len(set(seen))
+        found = {number for number in stayed if options.get("mode") != "keyword" or number % 4 != 3}
+        assert {f"i{number}" for number in found} <= set(seen)
+
+
+@pytest.mark.parametrize("options", PAGED, ids=str)
+def test_whatever_changes_between_pages_nothing_is_doubled_or_left_out(tmp_path: Path, options: dict[str, Any]) -> None:
+    draw = random.Random(0)
+    changes = ([(draw.randrange(40), draw.random() < 0.5) for _ in range(4)] for _ in itertools.count())
+    page_through(tmp_path, options, set(draw.sample(range(40), 30)), itertools.cycle([5, 9, 3]), changes)
+
+
+@pytest.mark.slow
+@settings(max_examples=50, deadline=None)
+@given(st.sampled_from(PAGED), st.data())
+def test_pages_hold_together_through_any_changes(
+    tmp_path_factory: pytest.TempPathFactory, options: dict[str, Any], data: st.DataObject
+) -> None:
+    there = data.draw(st.sets(st.integers(0, 39), min_size=1, max_size=40))
+    sizes, changes = (data.draw(st.integers(1, 9)) for _ in itertools.count()), (data.draw(CHANGES) for _ in itertools.count())
+    page_through(tmp_path_factory.mktemp("pages"), options, set(there), sizes, changes)
 
 
 # Reranking

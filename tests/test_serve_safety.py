@@ -349,8 +349,11 @@ def test_what_is_not_strict_json_is_refused() -> None:
     assert parse_json(b"[" * MAX_DEPTH + b"]" * MAX_DEPTH) is not None
     for value in (["a"] * 190_000, ['"' * 30_000] * 10, ["\\"] * 9000):
         assert parse_json(json.dumps(value).encode()) == value
+    mixed = {"ä\U0001f600": [None, True, -(10**38), 1.5e-7, {"": [[]]}]}
+    assert all(parse_json(json.dumps(mixed, ensure_ascii=ascii_only).encode()) == mixed for ascii_only in (True, False))
 
 
+@pytest.mark.slow
 @given(JSON, st.booleans(), st.binary(max_size=40) | st.text(alphabet='[]{}",:\\u0d8ef19-+.eNa ', max_size=60).map(str.encode))
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_json_is_read_as_it_was_written_or_refused(value: Any, ascii_only: bool, raw: bytes) -> None:
@@ -573,10 +576,8 @@ STEPS = st.lists(
 )  # fmt: skip
 
 
-@given(STEPS)
-@settings(max_examples=4, deadline=None)
-def test_each_tenant_sees_what_it_would_see_in_an_index_of_its_own(tmp_path_factory: pytest.TempPathFactory, steps: Any) -> None:
-    folder = tmp_path_factory.mktemp("tenants")
+def compare_with_indexes_of_their_own(folder: Path, steps: Any) -> None:
+    """Carries out the steps by every tenant's view of one index and in an index of its own: both say the same."""
     with contextlib.ExitStack() as stack:
         shared = stack.enter_context(opened(folder / "shared"))
         pairs = {who: (TenantIndex(shared, who), stack.enter_context(opened(folder / f"of-{who}"))) for who in TENANTS}
@@ -618,6 +619,20 @@ def test_each_tenant_sees_what_it_would_see_in_an_index_of_its_own(tmp_path_fact
                 words = "1 2 3 acme rival none tenant"
                 hits = [hit.id for hit in view.search_keywords(words, 20, where=where)]
                 assert sorted(hits) == sorted(hit.id for hit in alone.search_keywords(words, 20, where=where))
+
+
+def test_each_tenant_sees_what_it_would_see_in_an_index_of_its_own(tmp_path: Path) -> None:
+    put = [(tenant, "upsert", id, n, None) for tenant in TENANTS for n, id in enumerate(("a", "acme:a", "_tenant", "../acme/a"))]
+    forged = [(tenant, "upsert", "_tenant:acme:a", 2, None) for tenant in (None, "b")]
+    gone = [("acme", "delete", "a", 1, None), ("b", "delete where", "a", 1, Eq("n", 1)), (None, "delete", "_tenant:b:a", 1, None)]
+    compare_with_indexes_of_their_own(tmp_path, put + forged + gone)
+
+
+@pytest.mark.slow
+@given(STEPS)
+@settings(max_examples=12, deadline=None)
+def test_tenants_stay_apart_whatever_they_do(tmp_path_factory: pytest.TempPathFactory, steps: Any) -> None:
+    compare_with_indexes_of_their_own(tmp_path_factory.mktemp("tenants"), steps)
 
 
 def test_words_of_one_tenant_tell_nothing_of_those_of_another(tmp_path: Path) -> None:
