@@ -2,7 +2,6 @@
 
 import { el } from "./dom.js";
 
-const KEY = "traceir.key";
 const PICTURES_KEPT = 300;
 // What an error of a stream, which has no status of its own, would have had.
 const STATUS = { invalid_request_error: 400, authentication_error: 401, timeout_error: 408, rate_limit_error: 429 };
@@ -18,9 +17,9 @@ export class ApiError extends Error {
 export const isAbort = (error) => error instanceof DOMException && error.name === "AbortError";
 
 export const key = {
-  get: () => sessionStorage.getItem(KEY) ?? "",
+  get: () => sessionStorage.getItem("traceir.key") ?? "",
   set(value = "") {
-    sessionStorage.setItem(KEY, value);
+    sessionStorage.setItem("traceir.key", value);
     forgetPictures();
   },
 };
@@ -45,9 +44,8 @@ async function ask(path, { body, signal, accept = "application/json" } = {}) {
   }
   if (response.ok) return response;
   const answer = await response.json().catch(() => null); // a proxy's page, or nothing
-  const wait = Number.parseFloat(response.headers.get("retry-after") ?? "");
-  throw new ApiError(messageOf(answer?.error) ?? `The server answered with status ${response.status}.`, response.status,
-    Number.isFinite(wait) ? wait : null);
+  const wait = Number.parseFloat(response.headers.get("retry-after") ?? ""); // NaN without one
+  throw new ApiError(messageOf(answer?.error) ?? `The server answered with status ${response.status}.`, response.status, wait || null);
 }
 
 const messageOf = (error) => [error?.message, error].find((text) => typeof text === "string" && text);
@@ -83,21 +81,17 @@ export async function* streamSearch(body, signal) {
 // neither POST nor send a key. An event that no blank line ended is dropped.
 export async function* readEvents(body) {
   const reader = body.pipeThrough(new TextDecoderStream()).getReader();
-  let [rest, event, data] = ["", "", []];
+  let rest = "";
   try {
-    for (;;) {
-      const { done, value: text = "" } = await reader.read();
-      const lines = (rest + text).split(done ? /\r\n|\r|\n/ : /\r\n|\r(?!$)|\n/); // the \n of a \r\n may still come
-      rest = lines.pop();
-      for (const line of lines) {
-        const [, name, value = ""] = /^([^:]*)(?:: ?(.*))?$/s.exec(line);
-        if (name === "event") event = value;
-        else if (name === "data") data.push(value);
-        if (line) continue; // comments, id and retry mean nothing here
-        if (data.length) yield { event: event || "message", data: data.join("\n") };
-        [event, data] = ["", []];
+    for (let read = await reader.read(); !read.done; read = await reader.read()) {
+      const blocks = (rest + read.value).split(/(?:\r\n|\n|\r(?!\n)){2}/); // an \n that comes after its \r leads the next one
+      rest = blocks.pop();
+      for (const block of blocks) {
+        const fields = block.split(/\r\n?|\n/).map((line) => /^([^:]*)(?:: ?(.*))?$/s.exec(line)); // comments, id and retry mean nothing here
+        const valuesOf = (name) => fields.filter(([, field]) => field === name).map(([, , value = ""]) => value);
+        const data = valuesOf("data");
+        if (data.length) yield { event: valuesOf("event").at(-1) || "message", data: data.join("\n") };
       }
-      if (done) return;
     }
   } finally {
     reader.cancel().catch(() => {});

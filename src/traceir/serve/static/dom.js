@@ -1,9 +1,6 @@
 // Elements, made so that text from data can only ever become text, and messages to the reader. The review page uses these too.
 
-const TOGETHER = 120; // milliseconds
-
 export const find = (id) => document.getElementById(id);
-
 export const onClick = (id, act) => find(id).addEventListener("click", act);
 
 // A new element. Attributes: `text`, `on` (listeners by name), and any other by its name; false, null and
@@ -13,11 +10,13 @@ export function el(tag, { text, on = {}, ...attributes } = {}, ...children) {
   if (text !== undefined) made.textContent = String(text);
   for (const [kind, what] of Object.entries(on)) made.addEventListener(kind, what);
   for (const [name, value] of Object.entries(attributes)) {
-    if (value !== null && value !== undefined && value !== false) made.setAttribute(name, value === true ? "" : String(value));
+    if (isGiven(value)) made.setAttribute(name, value === true ? "" : String(value));
   }
-  made.append(...children.filter((child) => child !== null && child !== undefined && child !== false));
+  made.append(...children.filter(isGiven));
   return made;
 }
+
+const isGiven = (value) => value !== null && value !== undefined && value !== false;
 
 export function icon(name) {
   const svg = document.querySelector("svg.icon").cloneNode(true);
@@ -33,20 +32,22 @@ export function say(element, text) {
   if (element.textContent !== text) element.textContent = text;
 }
 
-let pending = [];
+// A text in its element, which is hidden where there is none.
+export function tell(element, text) {
+  element.hidden = !text;
+  say(element, text || "");
+}
+
+const pending = [];
 
 // Tells screen readers. What comes within a moment is told together, or the last would drown the rest; the same words twice are told twice.
 export function announce(text) {
   if (!text) return;
-  if (!pending.length) setTimeout(flush, TOGETHER);
-  pending.push(text);
-}
-
-function flush() {
-  const live = find("live");
-  const text = pending.join(" ");
-  pending = [];
-  live.textContent = live.textContent === text ? `${text} ` : text;
+  if (pending.push(text) > 1) return;
+  setTimeout(() => {
+    const all = pending.splice(0).join(" ");
+    find("live").textContent = find("live").textContent === all ? `${all} ` : all;
+  }, 120);
 }
 
 let toastEnds = 0;
@@ -54,10 +55,9 @@ let toastEnds = 0;
 // A short message that goes away by itself, told to screen readers too.
 export function toast(text) {
   announce(text);
-  find("toast").textContent = text;
-  find("toast").hidden = false;
+  tell(find("toast"), text);
   clearTimeout(toastEnds);
-  toastEnds = setTimeout(() => { find("toast").hidden = true; }, 4000);
+  toastEnds = setTimeout(() => tell(find("toast"), ""), 4000);
 }
 
 // Opens a modal dialog; a click beside it and every [data-close] in it close it. Focus goes back by itself.
@@ -81,5 +81,4 @@ export function seconds(value) {
 }
 
 export const plural = (count, noun) => `${count.toLocaleString("en")} ${noun}${count === 1 ? "" : "s"}`;
-
 export const sayRate = (rate) => `1 in ${Math.round(1 / rate)}`;

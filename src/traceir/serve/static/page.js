@@ -4,36 +4,31 @@ import { askJson, key, thumb } from "./api.js";
 import { Composer } from "./composer.js";
 import { announce, button, el, find, isTyping, onClick, openDialog, plural, say, toast } from "./dom.js";
 import { conditionFor, conditionsOf, joined, rowsOf } from "./filters.js";
-import {
-  NOUNS, browses, clearHistory, drawHistory, fromHash, hitPicture, isEmpty, makeQuery, remember, samePicture, sayQuery, toHash, toPath,
-} from "./query.js";
+import { NOUNS, browses, fromHash, hitPicture, isEmpty, makeQuery, remember, samePicture, sayQuery, toHash, toPath, watchHistory } from "./query.js";
 import { Column, Details, drawVerdict, nameOf } from "./results.js";
 import { follow, newRun, nextPage } from "./run.js";
 
 const WAIT_FOR_MODEL = 2000;
-const EMPTY_HELP = "traceir index add FOLDER --index DIR";
 const SHELF = 18; // pictures to start from
-let config = {};
+const UNKNOWN = { title: "TraceIR", count: {}, examples: [], instead: [], instructions: [], pictures: { types: {}, suffixes: [] }, cutoff: { background: {} } };
+let config = UNKNOWN; // as /page/config says
 const turns = new Map(); // a turn is {id, query, parent, run, other}: each refinement has the turn before it as its parent
 let trail = []; // the way to the current turn, and onwards
 let current = null;
-let parent = null; // the turn that the search box shows
 let taken = null; // the id of the hit that "now make it ..." took from it
 let columns = [];
 let running = null; // {run, abort}
+const stop = () => running?.abort.abort();
 const composer = new Composer({ search, apply, stop });
-const details = new Details({ refine, use, weigh, similar });
+const details = new Details({ refine, use, weigh });
 const actions = {
-  open: openHit,
-  refine,
-  more,
-  compare,
+  open, refine, more, compare,
   retry: (run) => { start(run); find("stop").focus(); },
   unfiltered: () => composer.setWhere(""),
   anything: (query) => searchAnew(makeQuery({ ...query, modality: "" }), current.parent),
 };
 
-function search(query, { from = parentOf(query) } = {}) {
+function search(query, from = parentOf(query)) {
   if (isEmpty(query)) {
     composer.complain("Give a picture, words, or a filter.");
     find("text").focus();
@@ -49,13 +44,14 @@ function search(query, { from = parentOf(query) } = {}) {
 
 // A control was changed: what is shown is asked anew beside the current turn, and a filter alone is something to show.
 function apply() {
-  if (current) begin(makeQuery({ ...current.query, ...composer.controls(), instruction: composer.query().instruction }), current.parent, "pushState");
-  else if (composer.where || (composer.query().sort && browses(composer.query()))) search(composer.query());
+  const query = composer.query();
+  if (current) begin(makeQuery({ ...current.query, ...composer.controls() }), current.parent, "pushState");
+  else if (query.where || (query.sort && browses(query))) search(query);
 }
 
 function searchAnew(query, from = null) {
   composer.setQuery(query);
-  search(query, { from });
+  search(query, from);
 }
 
 // A new turn behind `from` (null: a new search); what lay ahead of that leaves the trail. `way` of the browser's history: "pushState" or
@@ -73,7 +69,7 @@ function enter(turn, way = null) {
     trail = [];
     for (let at = turn; at; at = at.parent) trail.unshift(at);
   }
-  [current, parent, taken] = [turn, turn, null];
+  [current, taken] = [turn, null];
   if (way) history[way]({ turn: turn.id }, "", toHash(turn.query) ?? location.pathname + location.search);
   show(turn);
 }
@@ -83,43 +79,32 @@ function visit(turn, way = null) {
   enter(turn, way);
 }
 
-function step(by) {
-  const next = trail[trail.indexOf(current) + by];
-  if (next) choose(next);
-}
+const step = (by) => choose(trail[trail.indexOf(current) + by]);
 
 function choose(turn) {
+  if (!turn) return;
   visit(turn, "pushState");
   announce(`Turn ${trail.indexOf(turn) + 1} of ${trail.length}: ${sayQuery(turn.query)}`);
 }
 
 // A search goes on from the turn whose hit it took, or beside the turn whose picture it keeps; else it is new.
 function parentOf({ picture }) {
-  if (!parent || !picture) return null;
-  if (picture.kind === "item" && picture.id === taken) return parent;
-  if (samePicture(parent.query.picture, picture)) return parent.parent;
-  const hits = [...parent.run.hits, ...(parent.other?.hits ?? [])];
-  return picture.kind === "item" && hits.some((hit) => hit.id === picture.id) ? parent : null; // of a hit shown
+  if (!current || !picture) return null;
+  const isHit = (id) => picture.kind === "item" && picture.id === id;
+  if (!isHit(taken) && samePicture(current.query.picture, picture)) return current.parent;
+  return isHit(taken) || columns.some(({ run }) => run.hits.some(({ id }) => isHit(id))) ? current : null;
 }
 
 async function start(run) {
   stop();
-  const mine = { run, abort: new AbortController() };
-  running = mine;
+  const mine = running = { run, abort: new AbortController() };
   composer.setBusy(true);
   announce("Searching.");
-  try {
-    await follow(run, mine.abort.signal, (what) => changed(run, what));
-  } catch (error) {
-    if (running === mine) askForKey(error.message, () => start(run));
-  }
+  await follow(run, mine.abort.signal, (what) => changed(run, what));
   if (running !== mine) return;
   running = null;
   composer.setBusy(false);
-}
-
-function stop() {
-  running?.abort.abort();
+  if (run.error?.status === 401) askForKey(run.error.message, () => start(run));
 }
 
 function changed(run, what) {
@@ -144,13 +129,18 @@ async function more(column) {
   }
   run.paging = false;
   update();
-  if (run.hits.length > had && columns.includes(column)) column.grid.cards[had].opener.focus();
+  if (run.hits.length > had && columns.includes(column)) column.cards[had].opener.focus();
+}
+
+// Either the start page or a search.
+function showPart(starts, title = "") {
+  find("landing").hidden = !starts;
+  find("workspace").hidden = starts;
+  document.title = title + (config.title || "TraceIR");
 }
 
 function show(turn) {
-  find("landing").hidden = true;
-  find("workspace").hidden = false;
-  document.title = `${sayQuery(turn.query).slice(0, 60)} · ${config.title || "TraceIR"}`;
+  showPart(false, `${sayQuery(turn.query).slice(0, 60)} · `);
   const runs = turn.other ? [turn.run, turn.other] : [turn.run];
   const names = turn.other ? ["The route taken", "The other route"] : ["Result"];
   columns = runs.map((run, side) => new Column(run, { config, name: names[side], actions }));
@@ -161,28 +151,27 @@ function show(turn) {
 }
 
 function drawTrail() {
-  const [list, at] = [find("turns"), trail.indexOf(current)];
+  const list = find("turns");
+  const at = trail.indexOf(current);
   find("trail").hidden = trail.length < 2;
   find("back").disabled = at <= 0;
   find("forth").disabled = at >= trail.length - 1;
-  list.replaceChildren(...trail.map((turn, place) => el("li", {}, crumb(turn, place))));
+  list.replaceChildren(...trail.map((turn, place) => {
+    const words = turn.query.text || turn.query.instruction || sayQuery(turn.query);
+    const face = [el("span", { class: "unseen", text: `Turn ${place + 1}: ` }), thumb(turn.query.picture), el("span", { class: "crumb-words", dir: "auto", text: words })];
+    return el("li", {}, button(face, () => choose(turn), { class: "crumb", "aria-current": turn === current ? "step" : null, title: words }));
+  }));
   // Scrolls the trail alone, never the page.
   const shown = list.children[at];
   list.scrollLeft = shown.offsetLeft - list.offsetLeft - (list.clientWidth - shown.offsetWidth) / 2;
-}
-
-function crumb(turn, place) {
-  const words = turn.query.text || turn.query.instruction || sayQuery(turn.query);
-  const face = [el("span", { class: "unseen", text: `Turn ${place + 1}: ` }), thumb(turn.query.picture), el("span", { class: "crumb-words", dir: "auto", text: words })];
-  return button(face, () => choose(turn), { class: "crumb", "aria-current": turn === current ? "step" : null, title: words });
 }
 
 function update() {
   const [mine, other] = columns;
   mine?.update({ other: other?.run ?? null, tells: !other });
   other?.update({ other: mine.run });
-  if (other) drawVerdict(find("verdict"), mine.run, other.run, leaveComparison);
-  else find("verdict").hidden = true;
+  find("verdict").hidden = !other;
+  if (other) drawVerdict(mine.run, other.run);
 }
 
 function compare() {
@@ -191,7 +180,7 @@ function compare() {
   turn.other = newRun(turn.query, turn.run, turn.run.route === "reason" ? "direct" : "reason");
   show(turn);
   start(turn.other);
-  find("verdict").querySelector("button").focus();
+  find("leave").focus();
 }
 
 function leaveComparison() {
@@ -202,15 +191,19 @@ function leaveComparison() {
   columns[0].compare.focus();
 }
 
-function openHit(run, place) {
+function open(run, place) {
   const column = columns.find((shown) => shown.run === run);
-  const closed = (last) => { if (!document.activeElement?.closest("#composer")) column.grid.cards[last]?.opener.focus(); };
+  const closed = (last) => { if (!document.activeElement?.closest("#composer")) column.cards[last]?.opener.focus(); };
   details.open(run.hits, place, { closed, weighs: !run.browses && run.query.mode !== "keyword" });
 }
 
+// Ready for "now make it ..." of a hit: its picture, no words.
 function refine(hit) {
-  [parent, taken] = [current, hit.id];
-  composer.refine(hit);
+  taken = hit.id;
+  find("text").value = "";
+  composer.setPicture(hitPicture(hit));
+  find("text").focus();
+  announce("This picture is the next query's. Say what to change.");
   scrollTo({ top: 0, behavior: matchMedia("(prefers-reduced-motion: reduce)").matches ? "auto" : "smooth" });
 }
 
@@ -220,51 +213,43 @@ function use(hit) {
 
 // Away from a hit (-1), or towards it.
 function weigh(hit, sign) {
-  const term = { weight: sign * 0.5, ...(hit.image ? { id: hit.id, label: nameOf(hit) } : { text: hit.text.slice(0, 400) }) };
-  composer.setTerms([...composer.terms.filter(({ id, text }) => (hit.image ? id !== hit.id : text !== term.text)), term]);
-}
-
-// What lies near a hit, without it.
-async function similar(hit) {
-  const asked = hit.image ? { image: { item: hit.id } } : { text: hit.text };
-  const { hits } = await askJson("/search", { ...asked, route: "direct", k: 9, cutoff: 0 });
-  return hits.filter(({ id }) => id !== hit.id);
+  composer.addTerm(sign, hit.image ? { id: hit.id, label: nameOf(hit) } : { text: hit.text.slice(0, 400) });
 }
 
 function goHome() {
   stop();
-  [parent, taken, current, columns] = [null, null, null, []];
-  for (const [id, hidden] of [["workspace", true], ["trail", true], ["landing", false]]) find(id).hidden = hidden;
-  document.title = config.title || "TraceIR";
+  [taken, current, columns] = [null, null, []];
+  showPart(true);
+  find("trail").hidden = true;
   composer.setQuery(makeQuery({}));
   find("text").focus();
 }
 
 function drawLanding() {
   const code = (text) => el("code", { text });
-  const counts = Object.entries(config.count ?? {}).filter(([, count]) => count > 0);
+  const counts = Object.entries(config.count).filter(([, count]) => count > 0);
   say(find("collection"), counts.map(([modality, count]) => plural(count, NOUNS[modality] ?? modality)).join(" · ") || "nothing indexed yet");
   find("home").setAttribute("aria-label", `${config.title}, start page`);
+  find("notice").hidden = true;
   if (!counts.length) {
-    showNotice("The collection is empty", el("p", {}, "Add a folder of pictures and texts with ", code(EMPTY_HELP), ", or post them to ",
-      code("/items"), ". Then load this page again."));
-  } else if (config.world && config.instead?.length) {
-    showNotice("This model does not know your collection", el("div", {}, el("p", { dir: "auto", text: config.world }),
-      el("p", { text: "Hits that mean something take a model that knows such things, for instance:" }),
-      ...config.instead.map((command) => el("p", {}, code(command)))));
+    showNotice("The collection is empty", el("p", {}, "Add a folder of pictures and texts with ", code("traceir index add FOLDER --index DIR"),
+      ", or post them to ", code("/items"), ". Then load this page again."));
   } else if (config.world) {
-    showNotice("What this model knows", config.world);
-  } else {
-    find("notice").hidden = true;
+    const commands = config.instead.map((command) => el("p", {}, code(command)));
+    if (commands.length) commands.unshift("Hits that mean something take a model that knows such things, for instance:");
+    showNotice(commands.length ? "This model does not know your collection" : "What this model knows", config.world, ...commands);
   }
-  fill("examples", (config.examples ?? []).map(drawExample));
+  fill("examples", config.examples.map((example) => {
+    const asked = el("span", { class: "asked", dir: "auto", text: example.text || example.instruction });
+    return button(el("span", {}, el("b", { dir: "auto", text: example.title }), asked), () => searchAnew(makeQuery(example)), { class: "example" });
+  }));
 }
 
 // What the collection suggests: its newest pictures, and values that many items share.
 async function drawCollection() {
   const { facets } = await askJson("/v1/facets").catch(() => ({ facets: [] }));
   composer.setFacets(facets);
-  find("facets").replaceChildren(...rowsOf(facets).map((facet) => el("div", {}, el("h3", { text: NAMES[facet.kind] ?? facet.name }),
+  find("facets").replaceChildren(...rowsOf(facets).map((facet) => el("div", {}, el("h3", { text: { date: "Years", folder: "Folders" }[facet.kind] ?? facet.name }),
     el("ul", { class: "chips", role: "list" }, ...facet.values.slice(0, 8).map(([value, count]) => el("li", {},
       button([`${value} `, el("span", { class: "number", text: count.toLocaleString("en") })], () => narrow(facet, value), { class: "chip" })))))));
   const sort = composer.date ? `-${composer.date}` : "";
@@ -275,8 +260,6 @@ async function drawCollection() {
   fill("shelf", pictures.filter((_, place) => place % step === 0).slice(0, SHELF).map((item) =>
     button([thumb(hitPicture(item), item.text?.slice(0, 200) || `picture ${nameOf(item)}`)], () => refine(item), { title: item.id })));
 }
-
-const NAMES = { date: "Years", folder: "Folders" };
 
 function narrow(facet, value) {
   if (composer.date && browses(composer.query())) find("sort").value = `-${composer.date}`;
@@ -289,17 +272,14 @@ function fill(id, entries) {
   find(id).replaceChildren(...entries.map((entry) => el("li", {}, entry)));
 }
 
-function drawExample(example) {
-  const words = el("span", {}, el("b", { dir: "auto", text: example.title }), el("span", { class: "asked", dir: "auto", text: example.text || example.instruction }));
-  return button(words, () => searchAnew(makeQuery(example)), { class: "example" });
-}
-
-function showNotice(title, body, retry = null) {
+function showNotice(title, ...parts) {
   announce(title);
   find("notice").hidden = false;
-  find("notice").replaceChildren(el("h2", { text: title }), typeof body === "string" ? el("p", { dir: "auto", text: body }) : body,
-    ...(retry ? [button("Try again", retry, { class: "strong" })] : []));
+  find("notice").replaceChildren(el("h2", { text: title }),
+    ...parts.map((part) => (typeof part === "string" ? el("p", { dir: "auto", text: part }) : part)));
 }
+
+const again = (retry) => button("Try again", retry, { class: "strong" });
 
 function askForKey(why, then) {
   say(find("key-why"), why);
@@ -309,7 +289,7 @@ function askForKey(why, then) {
   find("key-form").onsubmit = () => {
     key.set(find("key-value").value.trim());
     find("open-key").hidden = false;
-    if (!config.count) loadConfig();
+    if (config === UNKNOWN) loadConfig();
     then?.();
   };
   openDialog(find("key"));
@@ -320,25 +300,9 @@ onClick("forget-key", () => {
   find("open-key").hidden = true;
   toast("The key is forgotten.");
 });
-
-onClick("back", () => step(-1));
-onClick("forth", () => step(1));
-onClick("open-key", () => askForKey("A key is set for this tab.", null));
-onClick("open-help", () => openDialog(find("help")));
-
-onClick("open-history", () => {
-  drawHistory(find("past"), (query) => {
-    find("history").close();
-    searchAnew(query);
-  });
-  openDialog(find("history"));
-});
-
-onClick("clear-history", () => {
-  clearHistory();
-  drawHistory(find("past"));
-  announce("History cleared");
-});
+onClick("leave", leaveComparison);
+onClick("open-key", () => askForKey("A key is set for this tab."));
+watchHistory(searchAnew);
 
 addEventListener("popstate", (event) => {
   const known = turns.get(event.state?.turn);
@@ -353,14 +317,16 @@ function readAddress() {
   return begin(query, null, "replaceState");
 }
 
-const KEYS = { "/": () => find("text").focus(), "f": () => composer.openPanel(true, true), "?": () => openDialog(find("help")), "c": compare, "[": () => step(-1), "]": () => step(1) };
+const KEYS = {
+  "/": () => find("text").focus(), "f": () => { composer.openPanel(true); find("where").focus(); },
+  "?": () => openDialog(find("help")), "c": compare, "[": () => step(-1), "]": () => step(1),
+};
+for (const pressed of document.querySelectorAll("[data-key]")) pressed.addEventListener("click", KEYS[pressed.dataset.key]);
 
 addEventListener("keydown", (event) => {
   if (event.ctrlKey || event.metaKey || event.altKey || event.isComposing || document.querySelector("dialog[open]")) return;
-  if (event.key === "Escape") {
-    if (running) stop();
-    else if (current?.other) leaveComparison();
-  }
+  if (event.key === "Escape" && running) stop();
+  else if (event.key === "Escape" && current?.other) leaveComparison();
   if (isTyping(event.target) || !Object.hasOwn(KEYS, event.key)) return;
   event.preventDefault();
   KEYS[event.key]();
@@ -368,29 +334,27 @@ addEventListener("keydown", (event) => {
 
 addEventListener("online", () => {
   const run = columns.at(-1)?.run;
-  if (run?.status === "failed" && run.error.status === 0) start(run);
+  if (run?.error?.status === 0) start(run);
 });
 
 async function loadConfig() {
   try {
-    config = await askJson("/page/config");
+    config = { ...UNKNOWN, ...await askJson("/page/config") };
   } catch ({ status, message }) {
     if (status === 401) {
-      askForKey(message, null);
-      showNotice("A key is needed", message, () => askForKey(message, loadConfig));
-    } else if (status === 503) {
-      showNotice("The model is loading", "This page goes on as soon as the server is ready.");
-      setTimeout(loadConfig, WAIT_FOR_MODEL);
-    } else {
-      showNotice("No connection", message, loadConfig);
+      askForKey(message);
+      return showNotice("A key is needed", message, again(() => askForKey(message)));
     }
-    return;
+    if (status !== 503) return showNotice("No connection", message, again(loadConfig));
+    setTimeout(loadConfig, WAIT_FOR_MODEL);
+    return showNotice("The model is loading", "This page goes on as soon as the server is ready.");
   }
   composer.setConfig(config);
   document.body.classList.toggle("one-pass", config.reasons === false);
   drawLanding();
   drawCollection();
-  if (!find("landing").hidden) document.title = config.title || "TraceIR";
+  if (!current) showPart(true);
+  return null;
 }
 
 find("open-key").hidden = !key.get();

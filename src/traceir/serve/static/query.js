@@ -3,10 +3,8 @@
 // modality: "" is any; where, sort: "" is none; fold, cutoff: null is the page's and the server's own. terms: [{weight, text} or {weight, id}].
 
 import { thumb } from "./api.js";
-import { button, el } from "./dom.js";
+import { announce, button, el, find, onClick, openDialog } from "./dom.js";
 
-const ROUTES = ["auto", "reason", "direct"];
-const MODES = ["vector", "keyword", "hybrid"];
 const HISTORY = "traceir.history";
 const MOST = 60; // queries of the past
 export const NOUNS = { image: "picture", text: "text", "image,text": "pair" };
@@ -16,8 +14,8 @@ export function makeQuery({ text, instruction, modality, route, picture, mode, w
   return Object.freeze({
     text: trimmed(text), instruction: trimmed(instruction), where: trimmed(where), sort: trimmed(sort),
     modality: Object.hasOwn(NOUNS, modality ?? "") ? modality : "",
-    route: ROUTES.includes(route) ? route : "auto",
-    mode: MODES.includes(mode) ? mode : "vector",
+    route: ["reason", "direct"].includes(route) ? route : "auto",
+    mode: ["keyword", "hybrid"].includes(mode) ? mode : "vector",
     fold: typeof fold === "boolean" ? fold : null,
     cutoff: Number.isFinite(cutoff) && cutoff >= 0 && cutoff < 1 ? cutoff : null,
     terms: (Array.isArray(terms) ? terms : []).filter(({ weight, text: words, id }) => Number.isFinite(weight) && weight && (words || id)),
@@ -103,18 +101,24 @@ export function remember(query) {
   }
 }
 
-export const clearHistory = () => localStorage.removeItem(HISTORY);
-
-// Fills a list with the past; `choose(query)` is called with the one that is pressed.
-export function drawHistory(list, choose) {
-  list.replaceChildren(...readHistory().map(({ hash, when }) => el("li", {}, entry(fromHash(hash), when, choose))));
-  if (!list.children.length) list.append(el("li", { class: "quiet", text: "Nothing yet." }));
+// The dialog of the past; `choose(query)` is called with the one that is pressed.
+export function watchHistory(choose) {
+  const draw = () => {
+    const entries = readHistory().map(({ hash, when }) => el("li", {}, entry(fromHash(hash), when, choose)));
+    find("past").replaceChildren(...(entries.length ? entries : [el("li", { class: "quiet", text: "Nothing yet." })]));
+  };
+  onClick("open-history", () => { draw(); openDialog(find("history")); });
+  onClick("clear-history", () => {
+    localStorage.removeItem(HISTORY);
+    draw();
+    announce("History cleared");
+  });
 }
 
 function entry(query, when, choose) {
   const about = [query.route === "auto" ? "" : query.route, query.text && query.where, ago(when)].filter(Boolean).join(" · ");
   const words = el("span", { class: "row-words" }, el("span", { dir: "auto", text: sayQuery(query) || "a picture" }), el("span", { class: "quiet", text: about }));
-  return button([thumb(query.picture), words], () => choose(query), { class: "row" });
+  return button([thumb(query.picture), words], () => { find("history").close(); choose(query); }, { class: "row" });
 }
 
 function ago(when) {

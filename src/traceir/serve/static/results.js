@@ -2,7 +2,7 @@
 // and all that is known of one hit, in a dialog. Arrows move among the cards of hits, Enter opens one, R takes it further.
 
 import { askJson, showPicture } from "./api.js";
-import { announce, button, el, find, fixed, icon, openDialog, plural, say, sayRate, toast } from "./dom.js";
+import { announce, button, el, find, fixed, icon, openDialog, plural, say, sayRate, tell, toast } from "./dom.js";
 import { NOUNS } from "./query.js";
 import { PAGE, TracePanel, moves } from "./run.js";
 
@@ -20,35 +20,37 @@ function aboutOf({ fields = {} }) {
 }
 
 export class Column {
+  cards = []; // of its hits
+  placeOf = (target) => this.cards.findIndex((card) => card.element.contains(target));
+
   // actions: {open(run, place), refine(hit), retry(run), more(column), anything(query), compare()}
   constructor(run, { config, name, actions }) {
     this.run = run;
     this.actions = actions;
     this.trace = new TracePanel(run.query, { width: config.model?.width, count: config.count });
-    this.grid = new Grid({ open: (place) => actions.open(run, place), refine: actions.refine });
+    this.grid = el("ol", { class: "grid", role: "list", "aria-label": "Hits, best first", on: {
+      keydown: (event) => this.onKey(event), focusin: (event) => this.setStop(this.placeOf(event.target)) } });
     this.count = el("p", { class: "count quiet" });
     this.compare = button("", actions.compare, { class: "compare", "aria-keyshortcuts": "c", hidden: true });
     this.state = el("div", { class: "state", hidden: true });
-    this.note = el("p", { class: "note", dir: "auto", hidden: true });
+    this.note = el("p", { class: "note", dir: "auto" });
     this.more = button("More", () => actions.more(this), { class: "more", hidden: true });
     this.element = el("section", { class: "column", "aria-label": name },
       this.trace.element,
       el("section", { class: "found", "aria-label": "Hits" },
-        el("header", {}, el("h2", { text: "Hits" }), this.count, this.compare), this.state, this.note, this.grid.element, this.more));
+        el("header", {}, el("h2", { text: "Hits" }), this.count, this.compare), this.state, this.note, this.grid, this.more));
   }
 
   // Brings everything up to the run. `other` is the run beside it, `tells` whether screen readers hear of it.
   update({ other = null, tells = true } = {}) {
-    const { run, grid } = this;
+    const { run } = this;
     this.trace.silent = !tells;
     this.trace.update(run);
     this.showState();
-    if (run.hits.length) grid.show(run.hits, other?.status === "done" ? moves(run.hits, other.hits) : null);
-    else if (run.status !== "running" && run.status !== "idle") grid.clear();
-    else grid.showWaiting(PAGE);
+    if (run.hits.length) this.showHits(other?.status === "done" ? moves(run.hits, other.hits) : null);
+    else this.clear(run.status === "running" || run.status === "idle" ? PAGE : 0);
     say(this.count, this.counted());
-    this.note.hidden = !run.note;
-    say(this.note, run.note ?? "");
+    tell(this.note, run.note);
     this.more.hidden = !run.next || run.status !== "done";
     this.more.disabled = run.paging;
     say(this.more, run.paging ? "Loading …" : "Show more");
@@ -61,10 +63,8 @@ export class Column {
     const { run } = this;
     if (run.status !== "done" || !run.hits.length) return "";
     const count = plural(run.hits.length, NOUNS[run.query.modality] ?? "item");
-    const sort = find("sort").selectedOptions[0]?.text.toLowerCase();
-    const order = run.query.sort ? sort : run.browses ? "by name" : "best first";
-    const which = run.next ? `the first ${count}` : `all ${count}${run.cut ? " above the cut-off" : ""}`;
-    return `${which}, ${order}`;
+    const order = run.query.sort ? find("sort").selectedOptions[0]?.text.toLowerCase() : run.browses ? "by name" : "best first";
+    return `${run.next ? `the first ${count}` : `all ${count}${run.cut ? " above the cut-off" : ""}`}, ${order}`;
   }
 
   showState() {
@@ -83,85 +83,43 @@ export class Column {
   stateOf() {
     const { run, actions } = this;
     const says = (title, text, ...more) => [el("h3", { text: title }), text && el("p", { class: "quiet", text }), ...more];
-    const again = (text) => button(text, () => actions.retry(run), { class: "strong" });
+    const strong = (text, act) => button(text, act, { class: "strong" });
+    const retry = () => actions.retry(run);
     if (run.status === "failed") {
       const { status, message, retryAfter } = run.error;
       return says(TITLES[status] ?? (status >= 500 ? "The search failed" : "The server refused this search"), "", el("p", { dir: "auto", text: message }),
-        retryAfter && el("p", { class: "quiet", text: `Try again in ${Math.ceil(retryAfter)} s.` }), again("Try again"));
+        retryAfter && el("p", { class: "quiet", text: `Try again in ${Math.ceil(retryAfter)} s.` }), strong("Try again", retry));
     }
-    if (run.status === "stopped") return says("Stopped", "This search was stopped before the hits came.", again("Search again"));
+    if (run.status === "stopped") return says("Stopped", "This search was stopped before the hits came.", strong("Search again", retry));
     if (run.status !== "done" || run.hits.length) return [];
     if (typeof run.cut?.best === "number") {
-      return says("Nothing found", sayCut(run.cut),
+      const why = `Nothing here scores better than what ${sayRate(run.cut.rate)} queries find whose answer is not in the collection.`;
+      return says("Nothing found", `${why} The nearest scores ${run.cut.best.toFixed(2)}.`,
         button("Show the nearest all the same", () => actions.retry(Object.assign(run, { cutoff: 0 }))));
     }
-    const noun = NOUNS[run.query.modality];
-    if (run.query.where) return says("No hits", "Nothing in this collection passes the filter and fits.", button("Search without the filter", actions.unfiltered, { class: "strong" }));
-    if (!noun) return says("No hits", "The collection is empty.");
-    return says("No hits", `There is no ${noun} in this collection that fits.`,
-      button("Look for anything", () => actions.anything(run.query), { class: "strong" }));
-  }
-}
-
-// Why nothing is shown, for the `cutoff` of an answer.
-const sayCut = (cut) =>
-  `Nothing here scores better than what ${sayRate(cut.rate)} queries find whose answer is not in the collection. The nearest scores ${cut.best.toFixed(2)}.`;
-
-// The line above two columns: what the routes agree on, what moved, and what reasoning cost. `leave` ends the comparison.
-export function drawVerdict(verdict, mine, other, leave) {
-  if (verdict.hidden || !verdict.firstChild) {
-    verdict.replaceChildren(el("p", { role: "status" }), button("End the comparison", leave, { "aria-keyshortcuts": "Escape" }));
-  }
-  verdict.hidden = false;
-  const text = el("p", {}, ...(mine.status === "done" && other.status === "done" ? compared(mine, other) : ["Comparing the two routes …"]));
-  if (verdict.firstChild.textContent !== text.textContent) verdict.firstChild.replaceChildren(...text.childNodes);
-}
-
-function compared(mine, other) {
-  const [first, second] = [mine.hits, other.hits];
-  const shared = [...moves(first, second).values()].filter((move) => move !== null);
-  const kept = shared.filter((move) => move === 0).length;
-  const same = first.length > 0 && first[0].id === second[0]?.id;
-  return [el("b", { text: same ? "Both routes find the same first hit." : "The routes disagree on the first hit." }),
-    ` They share ${shared.length} of ${Math.max(first.length, second.length)}: ${kept} in the same place, ${shared.length - kept} moved.`];
-}
-
-class Grid {
-  cards = [];
-
-  // actions: {open(place), refine(hit)}
-  constructor(actions) {
-    this.actions = actions;
-    this.element = el("ol", { class: "grid", role: "list", "aria-label": "Hits, best first", on: {
-      keydown: (event) => this.onKey(event), focusin: (event) => this.setStop(this.placeOf(event.target)) } });
+    const { where, modality } = run.query;
+    if (where) return says("No hits", "Nothing in this collection passes the filter and fits.", strong("Search without the filter", actions.unfiltered));
+    if (!modality) return says("No hits", "The collection is empty.");
+    return says("No hits", `There is no ${NOUNS[modality]} in this collection that fits.`, strong("Look for anything", () => actions.anything(run.query)));
   }
 
-  clear() {
+  // Empties the grid, but for ghosts of so many hits that are waited for.
+  clear(waited = 0) {
+    if (waited && this.grid.ariaBusy) return;
     this.cards = [];
-    this.element.replaceChildren();
-    this.element.removeAttribute("aria-busy");
-  }
-
-  showWaiting(count) {
-    if (this.element.querySelector(".ghost")) return;
-    this.clear();
-    this.element.setAttribute("aria-busy", "true");
-    this.element.append(...Array.from({ length: count }, () => el("li", { class: "card ghost", "aria-hidden": "true" })));
+    this.grid.ariaBusy = waited ? "true" : null;
+    this.grid.replaceChildren(...Array.from({ length: waited }, () => el("li", { class: "card ghost", "aria-hidden": "true" })));
   }
 
   // Shows hits; those that are there already stay as they are. `moved`: as `moves` of run.js says, or null.
-  show(hits, moved = null) {
-    if (this.element.querySelector(".ghost")) this.clear();
-    for (const hit of hits.slice(this.cards.length)) {
-      this.cards.push(makeCard(hit, this.cards.length, this.actions));
-      this.element.append(this.cards.at(-1).element);
+  showHits(moved) {
+    if (!this.cards.length) this.clear();
+    for (const hit of this.run.hits.slice(this.cards.length)) {
+      this.cards.push(makeCard(hit, this.cards.length, this));
+      this.grid.append(this.cards.at(-1).element);
     }
     this.setStop(Math.max(0, this.cards.findIndex((card) => card.opener.tabIndex === 0)));
     for (const card of this.cards) markMove(card, moved ? moved.get(card.hit.id) : undefined);
-  }
-
-  placeOf(target) {
-    return this.cards.findIndex((card) => card.element.contains(target));
   }
 
   // Tab stops at this card and its button alone; the arrows go on from there.
@@ -174,33 +132,45 @@ class Grid {
   onKey(event) {
     const place = this.placeOf(event.target);
     if (event.ctrlKey || event.metaKey || event.altKey || place < 0) return;
-    const { hit } = this.cards[place];
-    const next = this.neighbour(place, event.key);
-    if (next === null && event.key.toLowerCase() !== "r") return;
+    const card = this.cards[place];
+    const ways = {
+      ArrowRight: () => this.cards[place + 1], ArrowLeft: () => this.cards[place - 1], Home: () => this.cards[0], End: () => this.cards.at(-1),
+      ArrowDown: () => this.beside(card, 1), ArrowUp: () => this.beside(card, -1), r: () => null, R: () => null,
+    };
+    if (!Object.hasOwn(ways, event.key)) return;
     event.preventDefault();
-    this.cards[next]?.element.scrollIntoView({ block: "nearest" });
-    if (next !== null) this.cards[next].opener.focus();
-    else if (hit.image) this.actions.refine(hit);
+    const next = ways[event.key]();
+    next?.element.scrollIntoView({ block: "nearest" });
+    if (next !== null) (next ?? card).opener.focus();
+    else if (card.hit.image) this.actions.refine(card.hit);
   }
 
-  neighbour(place, key) {
-    const last = this.cards.length - 1;
-    const ways = { ArrowRight: Math.min(place + 1, last), ArrowLeft: Math.max(place - 1, 0), Home: 0, End: last };
-    if (key === "ArrowDown" || key === "ArrowUp") return this.above(place, key === "ArrowDown" ? 1 : -1);
-    return ways[key] ?? null;
-  }
-
-  // The nearest card of the next row, by what is seen.
-  above(place, way) {
-    const here = this.cards[place].element;
+  // The nearest card of the next row (1) or the one before (-1), by what is seen.
+  beside({ element: here }, way) {
     const rows = ({ element }) => (element.offsetTop - here.offsetTop) * way;
     const off = ({ element }) => Math.abs(element.offsetLeft + element.offsetWidth / 2 - here.offsetLeft - here.offsetWidth / 2);
     const others = this.cards.filter((card) => rows(card) > 0).sort((first, second) => rows(first) - rows(second) || off(first) - off(second));
-    return others.length ? this.cards.indexOf(others[0]) : place;
+    return others[0];
   }
 }
 
-function makeCard(hit, place, actions) {
+// The line above two columns: what the routes agree on, and what moved.
+export function drawVerdict(mine, other) {
+  const verdict = find("verdict-says");
+  const text = el("p", {}, ...(mine.status === "done" && other.status === "done" ? compared(mine.hits, other.hits) : ["Comparing the two routes …"]));
+  if (verdict.textContent !== text.textContent) verdict.replaceChildren(...text.childNodes);
+}
+
+function compared(first, second) {
+  const shared = [...moves(first, second).values()].filter((move) => move !== null);
+  const kept = shared.filter((move) => move === 0).length;
+  const same = first.length > 0 && first[0].id === second[0]?.id;
+  return [el("b", { text: same ? "Both routes find the same first hit." : "The routes disagree on the first hit." }),
+    ` They share ${shared.length} of ${Math.max(first.length, second.length)}: ${kept} in the same place, ${shared.length - kept} moved.`];
+}
+
+function makeCard(hit, place, { run, actions }) {
+  const open = () => actions.open(run, place);
   const text = hit.text?.slice(0, 600);
   const face = [hit.image && framed("span", hit, 512), text && el("span", { class: "caption", dir: "auto", text })];
   const move = el("span", { class: "move", hidden: true });
@@ -209,13 +179,12 @@ function makeCard(hit, place, actions) {
   const about = aboutOf(hit);
   const foot = el("span", { class: "foot" }, el("span", { class: "rank number", text: hit.rank }), el("span", { class: "name", dir: "auto", title: hit.id, text: nameOf(hit) }),
     move, score, about && el("span", { class: "about-hit", text: about }));
-  const opener = button([...face, foot], () => actions.open(place), { class: "opener", tabindex: -1 });
+  const opener = button([...face, foot], open, { class: "opener", tabindex: -1 });
   const bar = el("span", { class: "bar", "aria-hidden": "true" });
   bar.style.setProperty("--part", String(scored ? Math.min(1, Math.max(0, hit.scores?.vector ?? hit.score)) : 0));
-  const folded = hit.similar?.length > 0 && button(`+${hit.similar.length} similar`, () => actions.open(place), { class: "folded", tabindex: -1,
+  const folded = hit.similar?.length > 0 && button(`+${hit.similar.length} similar`, open, { class: "folded", tabindex: -1,
     "aria-label": `${plural(hit.similar.length, "near-duplicate")} of hit ${hit.rank}` });
-  const refine = hit.image && button("now make it …", () => actions.refine(hit),
-    { class: "refine", tabindex: -1, "aria-label": `Now make it … with hit ${hit.rank}` });
+  const refine = hit.image && button("now make it …", () => actions.refine(hit), { class: "refine", tabindex: -1, "aria-label": `Now make it … with hit ${hit.rank}` });
   const element = el("li", { class: `card ${hit.image ? (hit.text ? "pair" : "image") : "text"}`, "data-id": hit.id }, opener, bar, folded, refine);
   return { element, opener, refine, folded, move, hit };
 }
@@ -230,15 +199,14 @@ function framed(tag, hit, side = null) {
 
 // `by`: places that it is higher than on the other route; null where it is not there, undefined without another route.
 function markMove({ move, element, opener, hit }, by) {
-  let [kind, sign, words] = ["same", "=", "same place on the other route"];
+  let [kind, sign, words] = ["", "", ""];
   if (by === null) [kind, sign, words] = ["new", "only here", "not among the hits of the other route"];
+  else if (by === 0) [kind, sign, words] = ["same", "=", "same place on the other route"];
   else if (by > 0) [kind, sign, words] = ["up", `▲ ${by}`, `${plural(by, "place")} higher than on the other route`];
   else if (by < 0) [kind, sign, words] = ["down", `▼ ${-by}`, `${plural(-by, "place")} lower than on the other route`];
-  move.hidden = by === undefined;
-  if (by === undefined) delete element.dataset.move;
-  else element.dataset.move = kind;
-  Object.assign(move, { className: `move ${kind}`, textContent: sign, title: words });
-  const name = [`Hit ${hit.rank}`, Number.isFinite(hit.score) && `score ${fixed(hit.score)}`, by === undefined ? "" : words,
+  element.dataset.move = kind;
+  Object.assign(move, { hidden: !kind, className: `move ${kind}`, textContent: sign, title: words });
+  const name = [`Hit ${hit.rank}`, Number.isFinite(hit.score) && `score ${fixed(hit.score)}`, words,
     `${NOUNS[hit.modality] ?? "item"}: ${hit.text ? hit.text.slice(0, 200) : nameOf(hit)}`, aboutOf(hit)];
   opener.setAttribute("aria-label", name.filter(Boolean).join(", "));
 }
@@ -247,7 +215,7 @@ function markMove({ move, element, opener, hit }, by) {
 export class Details {
   dialog = find("details");
 
-  // actions: {refine(hit), use(hit), weigh(hit, sign), similar(hit): the hits near it}
+  // actions: {refine(hit), use(hit), weigh(hit, sign)}
   constructor(actions) {
     this.actions = actions;
     this.dialog.addEventListener("keydown", ({ key }) => {
@@ -266,6 +234,7 @@ export class Details {
   show(place, hit = this.hits[place]) {
     if (!hit) return;
     this.place = place;
+    const { weighs, actions } = this;
     const copy = () => navigator.clipboard.writeText(hit.id).then(() => toast("Copied."), () => toast("The browser does not let this page copy."));
     const act = (what, ...how) => () => { this.dialog.close(); what(hit, ...how); };
     const round = (name, label, attributes, onclick) => button(icon(name), onclick, { class: "round", "aria-label": label, ...attributes });
@@ -280,8 +249,8 @@ export class Details {
           el("dl", { class: "facts" }, ...factsOf(hit)))),
       near,
       el("footer", {}, button("Copy id", copy, { class: "plain" }),
-        this.weighs && button("Less like this", act(this.actions.weigh, -1)), this.weighs && button("More like this", act(this.actions.weigh, 1)),
-        button("Search with this", act(this.actions.use)), hit.image && button("Now make it …", act(this.actions.refine), { class: "strong" })));
+        weighs && button("Less like this", act(actions.weigh, -1)), weighs && button("More like this", act(actions.weigh, 1)),
+        button("Search with this", act(actions.use)), hit.image && button("Now make it …", act(actions.refine), { class: "strong" })));
     openDialog(this.dialog);
     this.dialog.querySelector("h2").focus();
     this.showNear(near, hit);
@@ -294,8 +263,9 @@ export class Details {
         () => this.show(this.place, item), { title: item.id, "aria-label": nameOf(item) })))));
     const folded = await Promise.all((hit.similar ?? []).slice(0, 24).map((id) => askJson(`/items/${encodeURIComponent(id)}`).catch(() => null)));
     const known = new Set([hit.id, ...(hit.similar ?? [])]);
-    const others = await this.actions.similar(hit).catch(() => []);
-    const rows = [row("Folded under it", folded.filter(Boolean)), row("Similar", others.filter(({ id }) => !known.has(id)).slice(0, 8))];
+    const asked = { ...(hit.image ? { image: { item: hit.id } } : { text: hit.text }), route: "direct", k: 9, cutoff: 0 };
+    const { hits } = await askJson("/search", asked).catch(() => ({ hits: [] }));
+    const rows = [row("Folded under it", folded.filter(Boolean)), row("Similar", hits.filter(({ id }) => !known.has(id)).slice(0, 8))];
     near.replaceChildren(...rows.filter(Boolean));
   }
 }

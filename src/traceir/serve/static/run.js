@@ -20,7 +20,7 @@ async function browse(run, after) {
   return { hits: items.map((item, place) => ({ ...item, rank: run.hits.length + place + 1 })), next };
 }
 
-// Runs it to its end and never throws, but for a refused key (401), which the caller answers. `changed(what)` comes after every event.
+// Runs it to its end and never throws. `changed(what)` comes after every event.
 export async function follow(run, signal, changed) {
   Object.assign(run, { status: "running", ...fresh() });
   changed("start");
@@ -35,7 +35,6 @@ export async function follow(run, signal, changed) {
     run.status = isAbort(error) ? "stopped" : "failed";
     run.error = isAbort(error) ? null : error;
     changed("end");
-    if (error.status === 401) throw error;
   }
 }
 
@@ -43,9 +42,7 @@ function take(run, event, data) {
   const { hits, trace = {}, next = null, note = null, cutoff: cut = null } = data;
   if (event === "hits") Object.assign(run, { trace, hits: Array.isArray(hits) ? hits : [], next, note, cut, status: "done" });
   const { route, emb_probability: probability, reasoning } = { ...data, reasoning: data.text, ...trace };
-  run.route = route ?? run.route;
-  run.probability = probability ?? run.probability;
-  run.reasoning = reasoning ?? run.reasoning;
+  for (const [name, value] of Object.entries({ route, probability, reasoning })) run[name] = value ?? run[name];
 }
 
 // The next page, behind what is there; returns how many hits came. Throws what the server says.
@@ -89,6 +86,7 @@ const ROUTES = {
 export class TracePanel {
   heard = 0; // steps that screen readers have heard
   saidRoute = false;
+  part = (name, selector) => this.stations[name].querySelector(selector);
 
   // `count`: items by modality; `width`: numbers of a vector.
   constructor({ picture, text, instruction }, { width, count = {} }) {
@@ -101,21 +99,20 @@ export class TracePanel {
     if (width) this.part("embed", "p").append(` of ${width} numbers`);
   }
 
-  part(name, selector) {
-    return this.stations[name].querySelector(selector);
-  }
-
   update(run) {
     const over = run.status === "done";
     const halted = run.status === "failed" || run.status === "stopped";
     Object.assign(this.element.dataset, { route: run.route ?? "", status: run.status });
-    this.badge.className = `badge ${run.route ?? ""}`;
     say(this.badge, ROUTES[run.route]?.[over ? "past" : "now"] ?? (halted ? "halted" : "reading …"));
     this.badge.title = run.route ? `route: ${run.route}` : "";
     this.updateDecision(run, over);
     this.updateReasoning(run, over);
     this.updateTimes(run, over);
-    this.mark(run, over, halted);
+    const at = over ? STATIONS.length : run.reasoning || run.route === "reason" ? 2 : run.route === "direct" ? 3 : 1;
+    STATIONS.forEach((name, place) => {
+      const state = place < at ? "done" : place === at && !halted ? "now" : "ahead";
+      this.stations[name].dataset.state = name === "reason" && run.route === "direct" ? "skipped" : state;
+    });
   }
 
   updateTimes({ route, trace, query }, over) {
@@ -160,14 +157,6 @@ export class TracePanel {
     else if (run.trace?.truncated) note = `It ended before ${EMB} came, so its last state was read.`;
     else if (over && run.route === "reason" && !steps.length) note = "nothing written";
     say(this.note, note);
-  }
-
-  mark(run, over, halted) {
-    const at = over ? STATIONS.length : run.reasoning || run.route === "reason" ? 2 : run.route === "direct" ? 3 : 1;
-    STATIONS.forEach((name, place) => {
-      const state = place < at ? "done" : place === at && !halted ? "now" : "ahead";
-      this.stations[name].dataset.state = name === "reason" && run.route === "direct" ? "skipped" : state;
-    });
   }
 }
 
