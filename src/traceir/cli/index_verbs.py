@@ -170,8 +170,8 @@ def _watch(args: argparse.Namespace, index: Index, encoder: EncoderLike) -> int:
 
     folders = [os.path.realpath(folder) for folder in args.folders] or [root.folder for root in Roots.read(index).all]
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    print(f"watching {', '.join(folders)}; Ctrl-C ends it", flush=True)
     try:
+        print(f"watching {', '.join(folders)}; Ctrl-C ends it", flush=True)
         watch(folders, index, encoder, tell=tell, stop=threading.Event(), batch=args.batch, every=args.watch_every)
     except KeyboardInterrupt:
         print("ended")
