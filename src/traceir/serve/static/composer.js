@@ -13,7 +13,7 @@ export class Composer {
   reading = 0; // counts what became of the picture, so that a file that is read late does not take its place
   config = {};
   rates = [0];
-  ready = Promise.withResolvers(); // once the server has said what it takes
+  ready = new Promise((resolve) => { this.isReady = resolve; }); // once the server has said what it takes
   facets = [];
   where = ""; // the filter as it was applied; a wrong one stays in its field
   terms = [];
@@ -128,7 +128,7 @@ export class Composer {
 
   // The first picture among files that came together, sent as it is: what is searched with must be what was given.
   async takeFiles(files) {
-    await this.ready.promise;
+    await this.ready;
     const { types, suffixes, most_bytes: most = Infinity } = this.config.pictures;
     const file = files.find(({ type, name }) => type in types || suffixes.some((suffix) => name.toLowerCase().endsWith(suffix)));
     if (!files.length) return;
@@ -273,7 +273,7 @@ export class Composer {
 
   setConfig(config) {
     this.config = config;
-    this.ready.resolve();
+    this.isReady();
     find("file").accept = [...Object.keys(config.pictures.types), ...config.pictures.suffixes].join(",") || "image/*";
     suggest("instructions", config.instructions);
     // Rates that the background cannot tell are not offered; without a background nothing is.
